@@ -1,0 +1,1 @@
+"""Consumes updates, weighs each by its staleness, averages, stores model versions."""

@@ -1,0 +1,57 @@
+"""Decode and check a delivery: nothing received is trusted, sizes are bounded before memory is spent."""
+
+from dataclasses import dataclass
+
+from shared.compression import Decoded, codec_of
+from shared.errors import Reason, RejectedUpdate
+from shared.layout import Layout
+from shared.messages import ENVELOPE_BYTES_MAX, Update, decode
+from shared.transport.ports import Delivery
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a message is checked against.
+
+    Attributes:
+        job: the job's id.
+        layout: the job's layout.
+        update_bytes_max: largest message, in bytes.
+    """
+
+    job: str
+    layout: Layout
+    update_bytes_max: int
+
+
+def admit(delivery: Delivery, admission: Admission, committed_version: int) -> tuple[Update, Decoded]:
+    """Return the update and its delta, still compressed, ready to be added.
+
+    Args:
+        delivery: a received message.
+        admission: what it is checked against.
+        committed_version: newest version anybody can have pulled.
+
+    Raises:
+        RejectedUpdate: with the reason and the numbers; nothing else, whatever the bytes.
+    """
+    update = decode(delivery.body, admission.update_bytes_max)
+    if update.job != admission.job:
+        raise RejectedUpdate(Reason.JOB, f"the message says job {update.job!r}, this is {admission.job!r}")
+    if update.client != delivery.client:
+        raise RejectedUpdate(Reason.CLIENT, f"client {update.client!r} published under the key of {delivery.client!r}")
+    if delivery.user_id is not None and delivery.user_id != update.client:
+        raise RejectedUpdate(Reason.CLIENT, f"client {update.client!r} is logged in as {delivery.user_id!r}")
+    if update.layout != admission.layout.hash:
+        raise RejectedUpdate(Reason.LAYOUT, f"layout {update.layout[:12]}, the job's is {admission.layout.hash[:12]}")
+    if update.base_version > committed_version:
+        raise RejectedUpdate(
+            Reason.BASE_VERSION, f"base_version {update.base_version} was never published; newest is {committed_version}"
+        )
+    codec = codec_of(update.codec.get("name"))
+    limit = codec.payload_bytes(admission.layout.num_params) + ENVELOPE_BYTES_MAX
+    if len(delivery.body) > limit:
+        raise RejectedUpdate(
+            Reason.TOO_LARGE, f"message of {len(delivery.body)} bytes; {codec.name} needs at most {limit} here"
+        )
+    return update, codec.decode(update.payload, update.codec, admission.layout.num_params)

@@ -1,0 +1,311 @@
+"""The aggregator's loop.
+
+    consume -> decode + validate -> drop duplicates -> weigh by staleness -> fold -> commit -> ack
+
+State moves in memory first and is committed in groups: only the last version between two commits is written,
+because nobody can have pulled the others. Nothing is acked before the commit that holds its effect is durable.
+"""
+
+import json
+import logging
+import threading
+import uuid
+from collections import OrderedDict, deque
+from typing import Any
+
+from aggregator.account import APPLIED, DUPLICATE, STALE, Account
+from aggregator.admission import Admission, admit
+from aggregator.rules import rule_of
+from aggregator.staleness import parse_staleness
+from aggregator.state import State, forget_old_ids, from_stored, small_part
+from shared.clock import Clock
+from shared.compression import Decoded
+from shared.config import AggregatorSettings
+from shared.errors import (
+    Reason,
+    RejectedUpdate,
+    SettingsError,
+    Unavailable,
+    VersionConflict,
+    VersionGone,
+)
+from shared.messages import Update
+from shared.metrics import AggregatorMetrics
+from shared.store.ports import Commit, StateStore, Stored
+from shared.transport.ports import Delivery, UpdateSource
+from shared.vector import Vector
+
+log = logging.getLogger("fedmq.aggregator")
+
+RECEIVE_MAX = 16  # deliveries handled between two looks at the clock
+BASES_HELD = 2  # base versions FedAsync keeps at hand, each of model size
+RETRY_S = (0.1, 5.0)  # first and longest wait after a store did not answer
+
+
+class Aggregator:
+    """One aggregator of one job. `step` does a bounded piece of work; `run` repeats it until stopped.
+
+    Args:
+        settings: checked settings.
+        source: where updates come from.
+        store: where the state lives; it must hold a version already.
+        clock: time.
+        metrics: what it counts.
+        poll_s: how long a step may wait for a first delivery, seconds.
+    """
+
+    def __init__(
+        self, settings: AggregatorSettings, source: UpdateSource, store: StateStore, clock: Clock,
+        metrics: AggregatorMetrics, poll_s: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.settings, self.metrics, self.stop = settings, metrics, threading.Event()
+        self._source, self._store, self._clock, self._poll_s = source, store, clock, poll_s
+        self._rule = rule_of(settings)
+        self._weight = parse_staleness(settings.staleness)
+        self._inbox: deque[Delivery] = deque()  # received, not yet looked at
+        self._pending: list[Delivery] = []  # settled in memory, to be acked after the next commit
+        self._account = Account()
+        self._bases: OrderedDict[int, Vector] = OrderedDict()
+        self._token = ""
+        self._retry_s, self._retry_at = RETRY_S[0], 0.0
+        self._pending_since = self._committed_at = self.stepped_at = clock.monotonic()
+        self._advanced = False
+        self.problem: str | None = None
+        self.state = self._adopt(self._load())
+        self._admission = Admission(settings.job, self.state.model.layout, settings.update_bytes_max)
+
+    def step(self) -> bool:
+        """Receive some deliveries, settle each, commit if due; tell whether there was work.
+
+        Raises:
+            StoreUnavailable: nothing is lost; call again.
+        """
+        self.stepped_at = self._clock.monotonic()
+        if not self._inbox:
+            self._inbox.extend(self._source.receive(RECEIVE_MAX, self._wait_s()))
+        worked = bool(self._inbox)
+        if not self._account.entries:
+            self._catch_up(reload=worked)
+        while self._inbox:
+            self._settle(self._inbox[0])
+            self._inbox.popleft()
+            if self._commit_due():
+                self._commit()
+        if self._commit_due():
+            self._commit()
+        return worked
+
+    def run(self) -> None:
+        """Step until stopped, then commit what is open."""
+        while not self.stop.is_set():
+            try:
+                self.step()
+                self.problem = None
+            except Unavailable as error:
+                self.problem = str(error)
+                log.warning("%s; going on when it answers", error)
+                self._clock.wait(self.stop, self._next_retry_s())
+        self.finish()
+
+    def finish(self) -> None:
+        """Commit what is open, once; what cannot be committed now will be delivered again."""
+        try:
+            if self._account.entries:
+                self._retry_at = 0.0
+                self._commit()
+        except Unavailable as error:
+            log.warning("%s; the uncommitted updates stay in the queue", error)
+
+    def _settle(self, delivery: Delivery) -> None:
+        """Decide what becomes of one delivery and note it; only a commit makes it final."""
+        now = self._clock.now()
+        if not self._account.entries:
+            self._pending_since = self._clock.monotonic()
+        self.metrics.update_bytes.observe(len(delivery.body))
+        try:
+            with self.metrics.decode.time():
+                update, delta = admit(delivery, self._admission, self.state.committed_version)
+                outcome, staleness, weight = self._apply(update, delta)
+        except RejectedUpdate as error:
+            log.warning("rejected an update of %s: %s", delivery.client, error)
+            self._source.reject(delivery, error.reason, error.detail)
+            self._account.reject(delivery, error, self.state.version, now)
+            return
+        version = self.state.version
+        self._account.settle(update, len(delivery.body), outcome, staleness, weight, version, now)
+        self._pending.append(delivery)
+        if outcome == APPLIED and self._rule.advance(self.state):
+            self._advanced = True
+            forget_old_ids(self.state, self._floor())
+
+    def _apply(self, update: Update, delta: Decoded) -> tuple[str, int, float]:
+        """Fold an admitted update unless it is a duplicate or too stale; return outcome, staleness, weight."""
+        state = self.state
+        staleness = state.version - update.base_version
+        if update.update_id in state.applied:
+            return DUPLICATE, staleness, 0.0
+        if staleness > self.settings.staleness_max:
+            return STALE, staleness, 0.0
+        base = self._base(update.base_version) if self._rule.needs_base else None
+        weight = self._rule.fold(state, update, delta, staleness, self._weight(staleness), base)
+        state.applied[update.update_id] = update.base_version
+        return APPLIED, staleness, weight
+
+    def _base(self, version: int) -> Vector:
+        """Return the weights of a published version, from the few at hand or from the store."""
+        if version not in self._bases:
+            try:
+                self._bases[version] = self._store.model(version).weights
+            except VersionGone as error:
+                raise RejectedUpdate(Reason.BASE_VERSION, f"base_version {version} is not stored: {error}") from error
+            while len(self._bases) > BASES_HELD:
+                self._bases.popitem(last=False)
+        self._bases.move_to_end(version)
+        return self._bases[version]
+
+    def _commit_due(self) -> bool:
+        """Tell whether to commit now.
+
+        After a new version once the interval has passed (the buffer is empty then, which halves what is written);
+        when an accepted update has waited long enough; when the prefetch window runs full.
+        """
+        now = self._clock.monotonic()
+        if now < self._retry_at or not self._account.entries:
+            return False
+        held = len(self._account.entries)
+        fresh = self._advanced and not self.state.buffer
+        if fresh and (now - self._committed_at >= self.settings.commit_interval_s or 2 * held >= self.settings.prefetch):
+            return True
+        aged = self._advanced and now - self._committed_at >= 2 * self.settings.commit_interval_s
+        late = now - self._pending_since >= self.settings.commit_age_max_s
+        return aged or late or 4 * held >= 3 * self.settings.prefetch
+
+    def _wait_s(self) -> float:
+        """Return how long to wait for a first delivery without missing a commit that falls due."""
+        if not self._account.entries:
+            return self._poll_s
+        due = self._pending_since + self.settings.commit_age_max_s
+        if self._advanced:
+            due = min(due, self._committed_at + self.settings.commit_interval_s * (2 if self.state.buffer else 1))
+        return min(self._poll_s, max(0.0, max(due, self._retry_at) - self._clock.monotonic()))
+
+    def _commit(self) -> None:
+        """Make everything since the last commit durable in one step, then ack it."""
+        state, now = self.state, self._clock.now()
+        self._token = self._token or uuid.uuid4().hex  # the same when a commit is repeated: it may have happened
+        arrays = self._rule.arrays if state.buffer else ()
+        moved = state.version != state.committed_version
+        dropped = self._versions_to_drop() if moved else []
+        state.totals, before = self._account.add_to(state.totals), state.totals
+        commit = Commit(
+            expected_revision=state.revision,
+            token=self._token,
+            version=state.version,
+            model=state.model if moved else None,
+            arrays={name: state.arrays[name] for name in arrays},
+            state=small_part(state, self._rule.name, arrays),
+            applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
+            applied_floor=self._floor(),
+            ledger=json.dumps(self._account.entries),
+            clients=self._account.clients,
+            meta=self._account.meta(),
+            dropped_versions=dropped,
+            now=now,
+        )
+        try:
+            with self.metrics.commit.time():
+                self._store.commit(commit)
+        except VersionConflict as error:
+            log.warning("another aggregator committed (%s): reloading", error)
+            self._reload()
+            return
+        except Unavailable as error:
+            state.totals = before
+            self._retry_at = self._clock.monotonic() + self._next_retry_s()
+            self.problem = str(error)
+            log.warning("commit failed: %s; folding on, trying again", error)
+            return
+        self._source.ack(self._pending)
+        self._committed(moved, dropped)
+
+    def _committed(self, moved: bool, dropped: list[int]) -> None:
+        """Note in memory what is durable now."""
+        state = self.state
+        state.revision += 1
+        if moved:
+            state.committed_version = state.version
+            state.versions = [v for v in state.versions if v not in dropped] + [state.version]
+        self._account.observe(self.metrics, self.settings.job, self._clock.now())
+        self.metrics.version.set(state.version)
+        self.metrics.buffered.set(len(state.buffer))
+        self._forget_pending()
+        self._committed_at, self._retry_s, self.problem = self._clock.monotonic(), RETRY_S[0], None
+
+    def _forget_pending(self) -> None:
+        self._pending, self._account, self._token, self._advanced = [], Account(), "", False
+
+    def _catch_up(self, reload: bool) -> None:
+        """Notice that another aggregator has committed; a standby that takes over starts with a reload.
+
+        Args:
+            reload: there is work, so the state must be the newest; otherwise only the metrics follow.
+        """
+        head = self._store.head()
+        if head is None:
+            raise SettingsError(f"job {self.settings.job!r} vanished from the store; restore it and start again")
+        self.metrics.version.set(head.version)
+        if reload and head.revision != self.state.revision:
+            log.info("taking over at revision %d, version %d", head.revision, head.version)
+            self.state = self._adopt(self._load())
+
+    def _reload(self) -> None:
+        """Go back to what is stored and have the rest delivered again."""
+        self._inbox.clear()
+        self._source.recover()
+        self.state = self._adopt(self._load())
+
+    def _load(self) -> Stored:
+        stored = self._store.load()
+        if stored is None:
+            raise SettingsError(f"job {self.settings.job!r} has no model yet")
+        return stored
+
+    def _adopt(self, stored: Stored) -> State:
+        """Take over a stored state; the open buffer of another rule is refused."""
+        self._forget_pending()
+        names = set(stored.arrays)
+        if names - set(self._rule.arrays):
+            raise SettingsError(
+                f"the job's open buffer belongs to another rule than {self._rule.name}: start once more with that rule, "
+                f"or with buffer_size 1, until the buffer is empty"
+            )
+        state = from_stored(stored, self._rule.arrays)
+        self._bases.clear()
+        self.metrics.version.set(state.version)
+        self.metrics.buffered.set(len(state.buffer))
+        return state
+
+    def _floor(self) -> int:
+        """Return the oldest base_version that is not too stale."""
+        return max(0, self.state.version - self.settings.staleness_max)
+
+    def _versions_to_drop(self) -> list[int]:
+        """Return the stored versions nobody needs: all but the newest few, and the bases a rule may ask for."""
+        state = self.state
+        newest = state.versions[-(self.settings.versions_kept - 1) :] if self.settings.versions_kept > 1 else []
+        return [
+            v for v in state.versions if v not in newest and not (self._rule.needs_base and v >= self._floor())
+        ]  # fmt: skip
+
+    def _next_retry_s(self) -> float:
+        wait_s, self._retry_s = self._retry_s, min(RETRY_S[1], 2 * self._retry_s)
+        return wait_s
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a worker needs to know of the job."""
+        s = self.settings
+        return {
+            "rule": s.rule, "buffer_size": s.buffer_size, "server_lr": s.server_lr, "alpha": s.alpha,
+            "staleness": s.staleness, "staleness_max": s.staleness_max, "weight_by_samples": s.weight_by_samples,
+            "codec": s.codec, "update_bytes_max": s.update_bytes_max,
+        }  # fmt: skip

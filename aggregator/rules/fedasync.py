@@ -1,0 +1,50 @@
+"""FedAsync: every update moves the model towards the worker's own."""
+
+from dataclasses import dataclass
+
+from aggregator.state import Contribution, State
+from shared.compression import Decoded
+from shared.messages import Update
+from shared.vector import Vector, mix
+
+
+@dataclass(frozen=True, slots=True)
+class FedAsync:
+    """Asynchronous mixing, in its exact form.
+
+        w_{v+1} = (1 - a) w_v + a (w_base + Delta),   a = alpha * s(tau)
+
+    w_base are the weights the worker started from, so a stale update also pulls the model back towards them.
+
+    Use it: when single updates must show at once; FedBuff is steadier. Memory: none besides the weights; the
+    aggregator keeps the last few base versions at hand and the store keeps staleness_max of them.
+    Source: Xie, Koyejo, Gupta, "Asynchronous Federated Optimization", arXiv:1903.03934, algorithm 1.
+
+    Attributes:
+        alpha: mixing weight of a fresh update, in (0, 1].
+    """
+
+    alpha: float
+    name: str = "fedasync"
+    arrays: tuple[str, ...] = ()
+    needs_base: bool = True
+
+    def fold(
+        self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
+    ) -> float:
+        """Mix the worker's model in."""
+        if base is None:
+            raise ValueError(f"FedAsync needs the weights of version {update.base_version}")
+        alpha = self.alpha * weight
+        mix(state.weights, base, alpha)
+        delta.add_into(state.weights, alpha)
+        state.buffer.append(Contribution(update.update_id, staleness, alpha, 1.0))
+        return alpha
+
+    def advance(self, state: State) -> bool:
+        """Each update is a version."""
+        if not state.buffer:
+            return False
+        state.buffer.clear()
+        state.version += 1
+        return True

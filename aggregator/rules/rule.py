@@ -1,0 +1,36 @@
+"""What every aggregation rule does."""
+
+from typing import Protocol
+
+from aggregator.state import State
+from shared.compression import Decoded
+from shared.messages import Update
+from shared.vector import Vector
+
+
+class Rule(Protocol):
+    """Pure arithmetic: no clock, no I/O; only the vectors of the state are changed in place."""
+
+    name: str
+    arrays: tuple[str, ...]  # model-size vectors it keeps in `State.arrays`, zero at first
+    needs_base: bool  # whether `fold` wants the weights the worker started from
+
+    def fold(
+        self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
+    ) -> float:
+        """Take one update in, in place.
+
+        Args:
+            state: changed in place; its version is not yet moved.
+            update: the message, for its counts.
+            delta: the update's delta, still compressed.
+            staleness: tau in versions, >= 0.
+            weight: s(tau) in (0, 1].
+            base: float32 [n], weights of `update.base_version`, where `needs_base`.
+
+        Returns:
+            The factor the delta was given, for the ledger.
+        """
+
+    def advance(self, state: State) -> bool:
+        """Make the next version if enough is buffered, in place; tell whether it did."""

@@ -1,0 +1,101 @@
+"""The whole aggregation state, as it is loaded, changed in memory and committed."""
+
+from dataclasses import dataclass, field
+
+import msgpack
+import numpy as np
+
+from shared.model_image import ModelImage
+from shared.store.ports import Stored
+from shared.vector import Vector
+
+STATE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One update as the open buffer remembers it.
+
+    Attributes:
+        update_id: its id.
+        staleness: tau at apply, in versions.
+        weight: factor of its delta in the running sum.
+        mass: its share in the divisor (1, or num_samples when weighting by samples).
+    """
+
+    update_id: str
+    staleness: int
+    weight: float
+    mass: float
+
+
+@dataclass(slots=True)
+class State:
+    """What one aggregator holds; model-size vectors are changed in place.
+
+    Attributes:
+        revision: of the store, when this was loaded or last committed.
+        version: model version, may be ahead of the last committed one.
+        committed_version: newest version that others can have pulled.
+        model: the weights of `version`.
+        arrays: model-size vectors of the rule, e.g. the running sum.
+        buffer: contributions since the last version.
+        applied: update_id -> base_version of applied updates within the staleness horizon.
+        versions: versions whose weights the store holds, ascending.
+        totals: outcome -> number of updates, over the job's whole life.
+    """
+
+    revision: int
+    version: int
+    committed_version: int
+    model: ModelImage
+    arrays: dict[str, Vector] = field(default_factory=dict)
+    buffer: list[Contribution] = field(default_factory=list)
+    applied: dict[str, int] = field(default_factory=dict)
+    versions: list[int] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Vector:
+        """The flat weights, a view into the model."""
+        return self.model.weights
+
+
+def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
+    """Build the state of a stored revision; missing arrays start at zero."""
+    small = msgpack.unpackb(stored.state) if stored.state else {"buffer": [], "totals": {}}
+    arrays = {
+        name: stored.arrays.get(name, np.zeros(stored.head.num_params, np.float32)) for name in array_names
+    }  # fmt: skip
+    return State(
+        revision=stored.head.revision,
+        version=stored.head.version,
+        committed_version=stored.head.version,
+        model=stored.model,
+        arrays=arrays,
+        buffer=[Contribution(*item) for item in small["buffer"]],
+        applied=stored.applied,
+        versions=stored.versions,
+        totals=small["totals"],
+    )
+
+
+def small_part(state: State, rule: str, arrays: tuple[str, ...]) -> bytes:
+    """Write the part of the state that is not of model size.
+
+    Args:
+        state: the state.
+        rule: name of the rule its buffer belongs to.
+        arrays: which model-size vectors go with it.
+    """
+    buffer = [[c.update_id, c.staleness, c.weight, c.mass] for c in state.buffer]
+    packed: bytes = msgpack.packb(
+        {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer, "totals": state.totals}
+    )
+    return packed
+
+
+def forget_old_ids(state: State, floor: int) -> None:
+    """Drop applied ids with a base_version below `floor`: such updates are refused as too stale anyway."""
+    if len(state.applied) > 0 and min(state.applied.values()) < floor:
+        state.applied = {update_id: base for update_id, base in state.applied.items() if base >= floor}

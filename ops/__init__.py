@@ -1,0 +1,1 @@
+"""Everything run around the system: commands, the embedded demo, private servers, benchmarks."""

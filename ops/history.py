@@ -1,0 +1,84 @@
+"""What a run did: the ledger's entries and the evaluations, gathered for the screen and the report."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One evaluation. Times are seconds since the start of the run; bytes count whole messages."""
+
+    time_s: float
+    version: int
+    updates: int
+    staleness_mean: float
+    bytes_sent: int
+    accuracy: float
+    loss: float
+
+
+@dataclass
+class History:
+    """Everything the report shows.
+
+    Attributes:
+        num_params: length of the model's flat vector.
+        rows: one per evaluation.
+        outcomes: outcome -> distinct updates.
+        staleness: of each applied update, in order.
+        by_client: client -> applied updates.
+        bytes_sent: of all messages that were settled.
+    """
+
+    num_params: int
+    rows: list[Row] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    staleness: list[int] = field(default_factory=list)
+    by_client: Counter[str] = field(default_factory=Counter)
+    bytes_sent: int = 0
+
+    def add_entries(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Take in ledger entries, in order."""
+        for entry in entries:
+            self.outcomes[entry["outcome"]] += 1
+            self.bytes_sent += entry.get("bytes", 0)
+            if entry["outcome"] == "applied":
+                self.staleness.append(entry["staleness"])
+                self.by_client[entry["id"].split("/")[0]] += 1
+
+    def evaluated(self, time_s: float, version: int, metrics: Mapping[str, float]) -> None:
+        """Take in one evaluation."""
+        recent = self.staleness[-50:]
+        mean = sum(recent) / len(recent) if recent else 0.0
+        nan = float("nan")
+        self.rows.append(
+            Row(
+                time_s, version, len(self.staleness), mean, self.bytes_sent,
+                metrics.get("accuracy", nan), metrics.get("loss", nan),
+            )
+        )  # fmt: skip
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the messages were than float32 deltas alone."""
+        settled = sum(self.outcomes[outcome] for outcome in ("applied", "stale", "duplicate"))
+        return settled * 4 * self.num_params / self.bytes_sent if self.bytes_sent else 0.0
+
+    def last_line(self) -> str:
+        """Say what was reached, in one line."""
+        last = self.rows[-1]
+        return (
+            f"accuracy {last.accuracy:.3f} after {last.version} versions, {last.updates} updates, "
+            f"{self.bytes_sent} bytes sent ({self.ratio:.1f} x smaller than float32)"
+        )
+
+    def save_csv(self, path: Path) -> None:
+        """Write the rows."""
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in self.rows)

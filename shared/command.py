@@ -1,0 +1,117 @@
+"""What every command-line program shares: options from settings, logging, exit codes, a clean stop."""
+
+import inspect
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from shared.config import Settings, load
+from shared.errors import FedMQError, PublishRefused, SettingsError, Unavailable
+
+DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+log = logging.getLogger("fedmq")
+
+S = TypeVar("S", bound=Settings)
+
+
+def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[S], None], help_text: str) -> None:
+    """Add a command whose options are the fields of its settings; an option given wins over everything.
+
+    Args:
+        app: the program.
+        name: of the command.
+        kind: its settings.
+        run: called with the checked settings.
+        help_text: shown by --help.
+    """
+
+    def command(**flags: Any) -> None:
+        with exit_codes():
+            run(load(kind, flags))
+
+    parameters = []
+    for field, info in kind.model_fields.items():
+        option = "--" + field.replace("_", "-")
+        is_bool = info.annotation is bool
+        declaration = f"{option}/--no-{field.replace('_', '-')}" if is_bool else option
+        default = "" if info.default_factory or info.default is None else f" [default: {info.default}]"
+        hint = typer.Option(declaration, help=f"{info.description}{default}", show_default=False)
+        annotation = Annotated[bool | None if is_bool else str | None, hint]
+        parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name, help=help_text)(command)
+
+
+def log_to_stderr(level: str) -> None:
+    """Log one plain line per event; pika's own chatter stays out."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn the errors a user can mend into one message and the documented exit code."""
+    try:
+        yield
+    except SettingsError as error:
+        _leave(str(error), USAGE)
+    except Unavailable as error:
+        _leave(str(error), UNREACHABLE)
+    except (FedMQError, PublishRefused) as error:
+        _leave(str(error), FAILED)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+
+
+def _leave(message: str, code: int) -> None:
+    print(f"fedmq: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def stop_on_signals(stop: threading.Event) -> None:
+    """Set `stop` on the first SIGTERM or SIGINT; a second one ends the program at once."""
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        log.info("%s: finishing; once more to leave at once", signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def wait_for_servers(attempt: Callable[[], None], wait_s: float, stop: threading.Event) -> None:
+    """Call `attempt` until it no longer raises `Unavailable`, for `wait_s` seconds.
+
+    Raises:
+        Unavailable: the last one, when the time is over.
+    """
+    from tenacity import (
+        Retrying,
+        retry_if_exception_type,
+        sleep_using_event,
+        stop_after_delay,
+        stop_when_event_set,
+        wait_random_exponential,
+    )
+
+    Retrying(
+        retry=retry_if_exception_type(Unavailable),
+        stop=stop_after_delay(wait_s) | stop_when_event_set(stop),
+        wait=wait_random_exponential(multiplier=0.2, max=5),
+        sleep=sleep_using_event(stop),
+        before_sleep=lambda state: log.warning("%s; waiting", state.outcome and state.outcome.exception()),
+        reraise=True,
+    )(attempt)

@@ -1,0 +1,248 @@
+"""Settings: command-line flag, else environment variable `FEDMQ_*`, else TOML file, else default.
+
+All are checked as a whole at start, and every problem stands in one message.
+"""
+
+import difflib
+import json
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from shared.compression import parse
+from shared.errors import SettingsError
+from shared.messages import ID
+
+PREFIX = "FEDMQ_"
+OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG"}  # read elsewhere: data of the worked tasks; the TOML file itself
+
+_NUMBER = r"\s*[0-9]+(\.[0-9]+)?\s*"
+STALENESS = re.compile(rf"constant|polynomial\({_NUMBER}\)|hinge\({_NUMBER},{_NUMBER}\)")  # aggregator/staleness.py
+
+
+def _identifier(value: str) -> str:
+    if not ID.fullmatch(value):
+        raise ValueError(f"must be of {ID.pattern}")
+    return value
+
+
+def _codec(value: str) -> str:
+    try:
+        return parse(value).name
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+
+
+def _default_client() -> str:
+    name = "".join(c if c.isalnum() or c in "_-" else "-" for c in socket.gethostname())
+    return name[:64] or "worker"
+
+
+class Settings(BaseSettings):
+    """What every program needs."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+
+    broker_url: str = Field("amqp://guest:guest@127.0.0.1:5672/fedmq", description="RabbitMQ, amqp:// or amqps://")
+    store_url: str = Field("redis://127.0.0.1:6379/0", description="Redis, redis:// or rediss://")
+    job: Identifier = Field("default", description="the job's id")
+    wait_s: float = Field(0.0, ge=0, description="how long to wait at start for servers that do not answer, seconds")
+    metrics_port: int = Field(0, ge=0, le=65535, description="serve /metrics and /healthz here; 0: do not")
+    log_level: str = Field("info", description="debug, info, warning or error")
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.lower() not in ("debug", "info", "warning", "error"):
+            raise ValueError("must be debug, info, warning or error")
+        return value.lower()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, then the TOML file."""
+        return init_settings, env_settings, _TomlFile(settings_cls)
+
+
+class AggregatorSettings(Settings):
+    """The aggregator's settings; from `init_model` on they are the job's own."""
+
+    prefetch: int = Field(256, ge=1, le=65535, description="deliveries held unacked; half of them force a commit")
+    commit_interval_s: float = Field(0.5, ge=0, description="least seconds between two commits of new versions")
+    commit_age_max_s: float = Field(30.0, gt=0, description="longest an accepted update waits to be durable, seconds")
+    durable: bool = Field(True, description="refuse a Redis that may forget acknowledged writes")
+    init_model: Path | None = Field(None, description="start the job from this safetensors file")
+    rule: str = Field("fedbuff", description="fedbuff or fedasync")
+    buffer_size: int = Field(10, ge=1, le=100_000, description="fedbuff: updates averaged into one version")
+    server_lr: float = Field(1.0, gt=0, description="fedbuff: step along the averaged delta")
+    alpha: float = Field(0.6, gt=0, le=1, description="fedasync: weight of a fresh model")
+    staleness: str = Field("polynomial(0.5)", description="constant, polynomial(a) or hinge(a,b)")
+    staleness_max: int = Field(100, ge=0, le=100_000, description="refuse updates staler than this, versions")
+    weight_by_samples: bool = Field(False, description="fedbuff: weigh each update by its num_samples")
+    codec: Annotated[str, AfterValidator(_codec)] = Field("int8 | zstd", description="how workers encode updates")
+    update_bytes_max: int = Field(
+        16 * 2**20, ge=1024, le=512 * 2**20, description="largest message; RabbitMQ 4 takes 16 MiB by default"
+    )
+    versions_kept: int = Field(5, ge=1, description="newest model versions kept readable")
+
+    @field_validator("staleness")
+    @classmethod
+    def _known_staleness(cls, value: str) -> str:
+        if not STALENESS.fullmatch(value):
+            raise ValueError("must be constant, polynomial(a) or hinge(a,b) with numbers >= 0")
+        return value
+
+    @model_validator(mode="after")
+    def _not_contradictory(self) -> Self:
+        problems = []
+        if self.rule not in ("fedbuff", "fedasync"):
+            problems.append(f"FEDMQ_RULE={self.rule}: must be fedbuff or fedasync")
+        own = {"fedbuff": ("buffer_size", "server_lr", "weight_by_samples"), "fedasync": ("alpha",)}
+        for rule, names in own.items():
+            given = [f"{PREFIX}{n.upper()}" for n in names if n in self.model_fields_set]
+            if rule != self.rule and given:
+                problems.append(f"{', '.join(given)} belongs to rule {rule}, but FEDMQ_RULE={self.rule}")
+        if self.commit_interval_s > self.commit_age_max_s:
+            problems.append(
+                f"FEDMQ_COMMIT_INTERVAL_S={self.commit_interval_s:g} exceeds "
+                f"FEDMQ_COMMIT_AGE_MAX_S={self.commit_age_max_s:g}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class WorkerSettings(Settings):
+    """A worker's settings."""
+
+    client_id: Identifier = Field(default_factory=_default_client, description="this worker's id; the host's name")
+    task: str = Field("", description="file with build() and train(), or a built-in: digits, mnist")
+    task_settings: dict[str, str] = Field(default_factory=dict, description="for the task, as a=1,b=2 or JSON")
+    state_dir: Path = Field(Path("~/.local/state/fedmq"), description="folder of the outbox")
+    outbox_updates_max: int = Field(100, ge=1, description="unconfirmed updates kept before training pauses")
+    outbox_bytes_max: int = Field(2**28, ge=2**16, description="the same in bytes")
+    confirm_timeout_s: float = Field(60.0, gt=0, description="longest wait for the broker's confirm, seconds")
+    pause_s: float = Field(0.0, ge=0, description="rest between two trainings, seconds")
+    updates_max: int = Field(0, ge=0, description="stop after so many updates; 0: never")
+    seed: int = Field(0, ge=0, description="seed of everything random in this worker, together with its id")
+
+    @field_validator("task_settings", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        return parse_pairs(value) if isinstance(value, str) else value
+
+
+class EvaluatorSettings(Settings):
+    """The evaluator's settings."""
+
+    task: str = Field("", description="file with build() and evaluate(), or a built-in: digits, mnist")
+    task_settings: dict[str, str] = Field(default_factory=dict, description="for the task, as a=1,b=2 or JSON")
+    poll_s: float = Field(0.5, gt=0, description="how often to look for a newer version, seconds")
+
+    @field_validator("task_settings", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        return parse_pairs(value) if isinstance(value, str) else value
+
+
+ALL_SETTINGS: tuple[type[Settings], ...] = (AggregatorSettings, WorkerSettings, EvaluatorSettings)
+KNOWN = {name for settings in ALL_SETTINGS for name in settings.model_fields}
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(kind: type[S], flags: dict[str, Any] | None = None) -> S:
+    """Read and check the settings of one program.
+
+    Args:
+        kind: which program's.
+        flags: what the command line gave; None values were not given.
+
+    Raises:
+        SettingsError: every problem found, one a line.
+    """
+    problems = [_unknown(name, os.environ[name]) for name in os.environ if _is_unknown(name)]
+    try:
+        problems += [f"{_file()}: {_unknown(key)}" for key in _read_toml() if _plain(key) not in KNOWN]
+        given = {name: value for name, value in (flags or {}).items() if value is not None}
+        settings = kind(**given)
+    except ValidationError as error:
+        problems += [_readable(item, kind) for item in error.errors()]
+        settings = None
+    if problems or settings is None:
+        raise SettingsError("\n  ".join(["these settings need a change:", *problems]) if problems else "settings")
+    return settings
+
+
+def parse_pairs(text: str) -> dict[str, str]:
+    """Read `a=1,b=2`, or a JSON object."""
+    if text.lstrip().startswith("{"):
+        return {str(key): str(value) for key, value in json.loads(text).items()}
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"{text!r} is not of the form a=1,b=2")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+class _TomlFile(PydanticBaseSettingsSource):
+    """The file that FEDMQ_CONFIG names; `job = "x"` and `FEDMQ_JOB = "x"` are the same."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Unused: `__call__` returns everything at once."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Return the file's settings under their plain names."""
+        return {_plain(key): value for key, value in _read_toml().items()}
+
+
+def _file() -> Path | None:
+    path = os.environ.get("FEDMQ_CONFIG")
+    return Path(path) if path else None
+
+
+def _read_toml() -> dict[str, Any]:
+    path = _file()
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
+
+
+def _plain(name: str) -> str:
+    return name.lower().removeprefix(PREFIX.lower())
+
+
+def _is_unknown(variable: str) -> bool:
+    return variable.startswith(PREFIX) and variable not in OTHER_VARIABLES and _plain(variable) not in KNOWN
+
+
+def _unknown(name: str, value: str | None = None) -> str:
+    near = difflib.get_close_matches(_plain(name), KNOWN, 1)
+    shown = name if value is None else f"{name}={value}"
+    return f"{shown}: no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
+
+
+def _readable(item: Any, kind: type[Settings]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not item["loc"]:
+        return message
+    name = str(item["loc"][0])
+    return f"{PREFIX}{name.upper()}={item['input']}: {message}" if name in kind.model_fields else message

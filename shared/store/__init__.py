@@ -1,0 +1,1 @@
+"""The port to the versions of the model and the aggregation's state, and its adapters."""

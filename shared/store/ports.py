@@ -1,0 +1,130 @@
+"""What the loops need of a store.
+
+Every adapter passes `tests/contract/test_store.py`. Two ports: `ModelStore` is all a worker or an evaluator
+needs, and a login that can only read serves it; `StateStore` is the aggregator's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.layout import Layout
+from shared.model_image import ModelImage
+from shared.vector import Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a job stands.
+
+    Attributes:
+        revision: number of commits so far, >= 0.
+        version: newest model version, >= 0.
+        layout: the layout hash, hex.
+        sha256: hash of the newest version's safetensors file, hex.
+        num_params: length of the flat vector.
+        chunks: number of stored pieces of a version.
+        created_at: unix seconds when the newest version was committed.
+    """
+
+    revision: int
+    version: int
+    layout: str
+    sha256: str
+    num_params: int
+    chunks: int
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One move of the whole aggregation state from revision r to r + 1.
+
+    Attributes:
+        expected_revision: r, what the state was loaded at.
+        token: unique to this commit; repeating a commit whose answer was lost succeeds.
+        version: the model version after it.
+        model: its weights, or None when the version did not change.
+        arrays: name -> float32 [n] of model size that make up the open buffer and optimizer state; all of them.
+        state: the small rest of the state, bytes.
+        applied: update_id -> base_version of the updates it applies.
+        applied_floor: ids with a base_version below it may be forgotten.
+        ledger: JSON list of what became of which update: id, outcome, staleness, weight.
+        clients: client id -> JSON text of what is known of it.
+        meta: facts about the new version, e.g. number of updates and their mean staleness.
+        dropped_versions: versions whose weights may go.
+        now: unix seconds.
+    """
+
+    expected_revision: int
+    token: str
+    version: int
+    model: ModelImage | None
+    arrays: Mapping[str, Vector]
+    state: bytes
+    applied: Mapping[str, int]
+    applied_floor: int
+    ledger: str
+    clients: Mapping[str, str]
+    meta: Mapping[str, str]
+    dropped_versions: Sequence[int]
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Everything `load` returns: the head and the state of one revision."""
+
+    head: Head
+    model: ModelImage
+    arrays: dict[str, npt.NDArray[np.float32]]
+    state: bytes
+    applied: dict[str, int]
+    versions: list[int] = field(default_factory=list)
+
+
+class ModelStore(Protocol):
+    """What a worker and an evaluator read. Every method may raise `StoreUnavailable`."""
+
+    def head(self) -> Head | None:
+        """Return where the job stands, None while it has no version; one small read."""
+
+    def layout(self) -> Layout:
+        """Return the job's layout; raises `VersionGone` while there is none."""
+
+    def model(self, version: int) -> ModelImage:
+        """Return the weights of a version, checked against its hash.
+
+        Raises:
+            VersionGone: it is not, or no longer, stored.
+        """
+
+    def job(self) -> dict[str, Any]:
+        """Return what a worker needs to start: codec, limits, rule; empty while no aggregator has run."""
+
+    def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Add an evaluator's numbers to what is known of a version."""
+
+
+class StateStore(ModelStore, Protocol):
+    """What the aggregator reads and writes."""
+
+    def create(self, model: ModelImage, now: float) -> bool:
+        """Store version 0 and revision 0; False when the job has a version already."""
+
+    def announce(self, job: Mapping[str, Any]) -> None:
+        """Write what `job` returns."""
+
+    def load(self) -> Stored | None:
+        """Return the state of the newest revision, None while the job has no version."""
+
+    def commit(self, commit: Commit) -> None:
+        """Move to the next revision, all or nothing, and return when that is durable.
+
+        Raises:
+            VersionConflict: the store is not at `expected_revision`.
+            StoreUnavailable: it may or may not have happened; repeat the same commit.
+        """

@@ -1,0 +1,377 @@
+"""The store port on Redis 7.0 to 8.x.
+
+Keys of a job, all in one hash slot (public contract, version 1, except those marked *):
+
+    fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at *token
+    fedmq:{<job>}:layout             string  JSON: the tensors in flat order; its sha256 is the layout hash
+    fedmq:{<job>}:model:<v>:<chunk>  string  version v's safetensors file, cut at 64 MiB; never changes
+    fedmq:{<job>}:meta:<v>           hash    revision sha256 chunks created_at updates staleness_mean evaluation:<metric>
+    fedmq:{<job>}:versions           zset    versions whose weights are stored, scored by themselves
+    fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
+    fedmq:{<job>}:ledger             stream  one entry a commit: revision, version, updates (JSON)
+    fedmq:{<job>}:clients            hash    client id -> JSON: when last seen, its last update and the outcome
+    fedmq:{<job>}:job                hash    what a worker needs to start, each value JSON
+    fedmq:{<job>}:tag:<name>         string  a version with a name
+    fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
+    fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
+    fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
+
+A commit first writes its large pieces under stage keys, then one script - Redis runs it alone - compares the
+revision and, if it is the expected one, renames the pieces into place, updates all the rest and moves the head
+last. The answer is taken as a success only when it is durable (`appendfsync always`, or WAITAOF from 7.2).
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgpack
+import numpy as np
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from shared.errors import SettingsError, StoreUnavailable, VersionConflict, VersionGone
+from shared.layout import Layout
+from shared.model_image import CHUNK_BYTES, ModelImage, chunk_count
+from shared.store.ports import Commit, Head, Stored
+from shared.vector import Vector
+
+log = logging.getLogger("fedmq.store")
+
+CONNECT_S_MAX = 2.5  # tried three times
+ANSWER_S_MAX = 60.0  # 64 MiB over a slow link, or a slow disk's fsync
+STAGE_SECONDS = 3600  # pieces of a commit that never happened
+LEDGER_ENTRIES_MAX = 100_000  # approximately: Redis trims whole nodes
+WAITAOF_MS = 10_000
+READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
+SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is small
+
+# KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
+_COMMIT = """
+local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
+if token == ARGV[2] then return 'done' end
+if (revision or '') ~= ARGV[1] then return 'conflict ' .. (revision or 'none') end
+for _, key in ipairs(cmsgpack.unpack(ARGV[3])) do
+  if redis.call('EXISTS', key) == 0 then return 'expired ' .. key end
+end
+for _, command in ipairs(cmsgpack.unpack(ARGV[4])) do redis.call(unpack(command)) end
+return 'done'
+"""
+
+
+class RedisStore:
+    """One job in Redis; reads for everybody, writes for the aggregator.
+
+    Args:
+        url: `redis://` or `rediss://` URL.
+        job: the job's id.
+        durable: refuse to commit to a Redis that may forget an acknowledged write.
+    """
+
+    def __init__(self, url: str, job: str, durable: bool = True) -> None:
+        self.url = url
+        self._prefix = f"fedmq:{{{job}}}:"
+        self._durable, self._waitaof = durable, False
+        self._layout: Layout | None = None
+        self._redis = _connect(url)
+
+    def check(self) -> str:
+        """Return the server's version after making sure that commits will be durable.
+
+        Raises:
+            StoreUnavailable: it cannot be reached.
+            SettingsError: it refuses the login, or may forget acknowledged writes.
+        """
+        with _translated(self.url):
+            server = self._redis.info("server")
+            version = str(server["redis_version"])
+            if self._durable:
+                self._check_durability(version)
+            return version
+
+    def durability(self) -> str:
+        """Say how an acknowledged write is kept: `always`, `everysec`, `no`, or `off` without an append-only file."""
+        with _translated(self.url):
+            try:
+                settings = self._redis.config_get("append*")
+            except redis.ResponseError:  # CONFIG is often forbidden to applications
+                enabled = self._redis.info("persistence").get("aof_enabled")
+                return "unknown" if enabled else "off"
+            return str(settings["appendfsync"]) if settings.get("appendonly") == "yes" else "off"
+
+    def head(self) -> Head | None:
+        """Return where the job stands: one HGETALL."""
+        with _translated(self.url):
+            return self._parse_head(self._redis.hgetall(self._key("head")))
+
+    def layout(self) -> Layout:
+        """Return the job's layout; read once."""
+        if self._layout is None:
+            with _translated(self.url):
+                text = self._redis.get(self._key("layout"))
+            if text is None:
+                raise VersionGone("the job has no model yet")
+            self._layout = Layout.from_json(text)
+        return self._layout
+
+    def model(self, version: int) -> ModelImage:
+        """Return the weights of a version."""
+        layout = self.layout()
+        with _translated(self.url):
+            expected = self._redis.hget(self._key(f"meta:{version}"), "sha256")
+            try:
+                chunks = (self._chunk(f"model:{version}:{index}") for index in range(chunk_count(layout)))
+                image = ModelImage.from_chunks(layout, chunks)
+            except ValueError as error:
+                raise VersionGone(f"version {version} in the store is damaged: {error}") from error
+        if expected is None or image.sha256 != expected.decode():
+            raise VersionGone(f"version {version} in the store is damaged or gone: its sha256 is not {expected!r}")
+        return image
+
+    def job(self) -> dict[str, Any]:
+        """Return what was announced."""
+        with _translated(self.url):
+            fields = self._redis.hgetall(self._key("job"))
+        return {name.decode(): json.loads(value) for name, value in fields.items()}
+
+    def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Add an evaluator's numbers to `meta:<version>`."""
+        with _translated(self.url):
+            fields = {f"evaluation:{name}": repr(float(value)) for name, value in metrics.items()}
+            self._redis.hset(self._key(f"meta:{version}"), mapping=fields)
+
+    def announce(self, job: Mapping[str, Any]) -> None:
+        """Write the `job` hash."""
+        with _translated(self.url):
+            self._redis.hset(self._key("job"), mapping={name: json.dumps(value) for name, value in job.items()})
+
+    def create(self, model: ModelImage, now: float) -> bool:
+        """Store version 0; two that try at once cannot both win."""
+        token = f"create {uuid.uuid4().hex}"
+        head = {
+            "revision": 0, "version": 0, "layout": model.layout.hash, "num_params": model.layout.num_params,
+            "token": token,
+        }  # fmt: skip
+        stage, commands = self._stage(token, {"model:0": model.chunks()})
+        commands += [["SET", self._key("layout"), model.layout.json], *self._model_commands(0, model, now, {}, head)]
+        return self._run("", token, stage, commands) == "done"
+
+    def load(self) -> Stored | None:
+        """Return the newest revision; read again if a commit came in between."""
+        while True:
+            head = self.head()
+            if head is None:
+                return None
+            with _translated(self.url), contextlib.suppress(VersionGone):
+                state = self._redis.get(self._key("state")) or b""
+                names = msgpack.unpackb(state)["arrays"] if state else []
+                arrays = {name: self._array(name, head.num_params) for name in names}
+                scored = self._redis.zrange(self._key("applied"), 0, -1, withscores=True)
+                versions = [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)]
+                model = self.model(head.version)
+                if self._redis.hget(self._key("head"), "revision") == str(head.revision).encode():
+                    applied = {member.decode(): int(score) for member, score in scored}
+                    return Stored(head, model, arrays, state, applied, versions)
+            latest = self.head()
+            if latest is None or latest.revision == head.revision:
+                raise SettingsError(
+                    f"the stored state of revision {head.revision} is incomplete or damaged; restore the job from a "
+                    f"backup, or delete the keys {self._prefix}* to begin anew"
+                )
+
+    def commit(self, commit: Commit) -> None:
+        """Stage the large pieces, then compare-and-set."""
+        pieces = {f"state:{name}": _cut(array) for name, array in commit.arrays.items()}
+        if commit.model is not None:
+            pieces[f"model:{commit.version}"] = commit.model.chunks()
+        stage, commands = self._stage(commit.token, pieces)
+        head: dict[str, Any] = {
+            "revision": commit.expected_revision + 1, "version": commit.version, "token": commit.token,
+        }  # fmt: skip
+        commands.append(["SET", self._key("state"), commit.state])
+        members = [part for update_id, base in commit.applied.items() for part in (base, update_id)]
+        for start in range(0, len(members), SCRIPT_ARGS_MAX):
+            commands.append(["ZADD", self._key("applied"), *members[start : start + SCRIPT_ARGS_MAX]])
+        commands.append(["ZREMRANGEBYSCORE", self._key("applied"), "-inf", f"({commit.applied_floor}"])
+        entry = ["revision", head["revision"], "version", commit.version, "updates", commit.ledger]
+        commands.append(["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, "*", *entry])
+        for client, text in commit.clients.items():
+            commands.append(["HSET", self._key("clients"), client, text])
+        for version in commit.dropped_versions:
+            commands.append(["DEL", self._key(f"meta:{version}"), *self._model_keys(version)])
+            commands.append(["ZREM", self._key("versions"), version])
+        if commit.model is not None:
+            commands += self._model_commands(commit.version, commit.model, commit.now, commit.meta, head)
+        else:
+            commands.append(["HSET", self._key("head"), *_flat(head)])
+        answer = self._run(str(commit.expected_revision), commit.token, stage, commands)
+        if answer.startswith("conflict"):
+            raise VersionConflict(f"expected revision {commit.expected_revision}; the store says: {answer}")
+        if answer != "done":
+            raise StoreUnavailable(f"a staged piece vanished before the commit ({answer}): is Redis evicting keys?")
+
+    def status(self) -> dict[str, Any]:
+        """Return the raw facts `fedmq status` shows: head, job, clients, last ledger entries, versions."""
+        with _translated(self.url):
+            ledger = self._redis.xrevrange(self._key("ledger"), count=20)
+            state = self._redis.get(self._key("state"))
+            return {
+                "job": self.job(),
+                "state": msgpack.unpackb(state) if state else {},
+                "clients": {k.decode(): json.loads(v) for k, v in self._redis.hgetall(self._key("clients")).items()},
+                "ledger": [{k.decode(): v.decode() for k, v in entry.items()} for _, entry in ledger],
+                "versions": [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)],
+            }
+
+    def meta(self, version: int) -> dict[str, str]:
+        """Return what is known of a version; empty when nothing is."""
+        with _translated(self.url):
+            fields = self._redis.hgetall(self._key(f"meta:{version}"))
+        return {name.decode(): value.decode() for name, value in fields.items()}
+
+    def ledger(self) -> Iterator[dict[str, Any]]:
+        """Yield every stored ledger entry, oldest first, with `updates` parsed."""
+        last = "-"
+        while True:
+            with _translated(self.url):
+                page = self._redis.xrange(self._key("ledger"), last, count=500)
+            for identifier, entry in page:
+                yield {
+                    "revision": int(entry[b"revision"]), "version": int(entry[b"version"]),
+                    "updates": json.loads(entry[b"updates"]),
+                }  # fmt: skip
+                last = f"({identifier.decode()}"
+            if not page:
+                return
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    def _key(self, name: str) -> str:
+        return self._prefix + name
+
+    def _model_keys(self, version: int) -> list[str]:
+        return [self._key(f"model:{version}:{index}") for index in range(chunk_count(self.layout()))]
+
+    def _chunk(self, name: str) -> bytes:
+        data = self._redis.get(self._key(name))
+        if data is None:
+            raise VersionGone(f"{name} is not stored")
+        return bytes(data)
+
+    def _array(self, name: str, num_params: int) -> Vector:
+        array = np.empty(num_params, np.float32)
+        step = CHUNK_BYTES // 4
+        for index, start in enumerate(range(0, num_params, step)):
+            array[start : start + step] = np.frombuffer(self._chunk(f"state:{name}:{index}"), "<f4")
+        return array
+
+    def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
+        """Write the large pieces under stage keys; return those and the commands that move them into place."""
+        stage: list[str] = []
+        commands: list[list[Any]] = []
+        with _translated(self.url):
+            for name, chunks in pieces.items():
+                for index, chunk in enumerate(chunks):
+                    stage.append(self._key(f"stage:{token}:{len(stage)}"))
+                    target = self._key(f"{name}:{index}")
+                    self._redis.set(stage[-1], chunk, ex=STAGE_SECONDS)
+                    commands += [["RENAME", stage[-1], target], ["PERSIST", target]]
+        return stage, commands
+
+    def _model_commands(
+        self, version: int, model: ModelImage, now: float, meta: Mapping[str, str], head: dict[str, Any]
+    ) -> list[list[Any]]:
+        """Return the commands that make a version visible; the head moves last."""
+        facts = {"sha256": model.sha256, "chunks": chunk_count(model.layout), "created_at": repr(now)}
+        return [
+            ["HSET", self._key(f"meta:{version}"), *_flat(facts | {"revision": head["revision"]} | dict(meta))],
+            ["ZADD", self._key("versions"), version, version],
+            ["HSET", self._key("head"), *_flat(head | facts)],
+        ]
+
+    def _run(self, expected: str, token: str, stage: list[str], commands: list[list[Any]]) -> str:
+        """Run the script and wait until it is durable; return its answer."""
+        argv = [expected, token, msgpack.packb(stage), msgpack.packb(commands)]
+        with _translated(self.url), self._redis.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", _COMMIT, 1, self._key("head"), *argv)
+            if self._waitaof:
+                pipe.execute_command("WAITAOF", 1, 0, WAITAOF_MS)
+            answers = pipe.execute()
+        if self._waitaof and answers[1][0] < 1:
+            raise StoreUnavailable(f"Redis did not sync the commit to disk within {WAITAOF_MS / 1000:g} s")
+        answer = str(answers[0].decode())
+        if answer != "done" and stage:
+            with _translated(self.url):
+                self._redis.delete(*stage)
+        return answer
+
+    def _parse_head(self, fields: dict[bytes, bytes]) -> Head | None:
+        if not fields:
+            return None
+        text = {name.decode(): value.decode() for name, value in fields.items()}
+        return Head(
+            int(text["revision"]), int(text["version"]), text["layout"], text["sha256"], int(text["num_params"]),
+            int(text["chunks"]), float(text["created_at"]),
+        )  # fmt: skip
+
+    def _check_durability(self, version: str) -> None:
+        kept = self.durability()
+        major, minor = (int(part) for part in version.split(".")[:2])
+        self._waitaof = kept not in ("always", "off") and (major, minor) >= (7, 2)
+        if kept != "always" and not self._waitaof:
+            raise SettingsError(
+                f"Redis {version} at {hide_password(self.url)} may forget commits it has acknowledged (append-only "
+                f"file: {kept}): start it with --appendonly yes --appendfsync always, or accept the loss with "
+                "FEDMQ_DURABLE=false"
+            )
+
+
+def hide_password(url: str) -> str:
+    """Return the URL as it may appear in a message."""
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
+
+
+def _connect(url: str) -> Any:
+    try:
+        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("expected redis://:password@host:6379/0")
+        return redis.Redis.from_url(
+            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=ANSWER_S_MAX, socket_read_size=READ_BYTES,
+            socket_keepalive=True, health_check_interval=15, client_name="fedmq", protocol=2,
+            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"FEDMQ_STORE_URL {hide_password(url)!r} is no Redis URL: {error}") from error
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Translate redis-py's errors once."""
+    try:
+        yield
+    except (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError) as error:
+        raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+    except (redis.RedisError, OSError) as error:
+        if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+            raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+        raise StoreUnavailable(f"Redis at {hide_password(url)}: {error}") from error
+
+
+def _cut(array: Vector) -> Iterator[memoryview]:
+    """Yield an array's bytes in pieces of at most 64 MiB; views, not copies."""
+    step = CHUNK_BYTES // 4
+    for start in range(0, array.size, step):
+        yield memoryview(array[start : start + step]).cast("B")
+
+
+def _flat(fields: Mapping[str, Any]) -> list[Any]:
+    return [part for pair in fields.items() for part in pair]

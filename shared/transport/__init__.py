@@ -1,0 +1,1 @@
+"""The port between workers and the aggregator, and its adapters."""

@@ -1,0 +1,86 @@
+"""What the loops need of a message broker.
+
+Every adapter moves encoded bytes and passes `tests/contract/test_transport.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message ready to be published.
+
+    Attributes:
+        job, client: they make the routing key `update.<job>.<client>`.
+        update_id: AMQP message_id.
+        body: the encoded update.
+    """
+
+    job: str
+    client: str
+    update_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A received message that waits for its ack.
+
+    Attributes:
+        body: what was published.
+        client: last word of the routing key.
+        user_id: login the broker vouches for, None when the publisher named none.
+        update_id: AMQP message_id, "" when missing.
+        tag: the adapter's own handle.
+    """
+
+    body: bytes
+    client: str
+    user_id: str | None
+    update_id: str
+    tag: tuple[int, int]
+
+
+class UpdateSink(Protocol):
+    """Where a worker publishes. Safe to call from any one thread at a time."""
+
+    def publish(self, message: Outgoing, timeout_s: float) -> None:
+        """Publish, and return once the broker confirms that the message is safe with it.
+
+        Raises:
+            PublishUnconfirmed: no answer within `timeout_s`; the broker may have it.
+            PublishRefused: the broker does not take it: no queue, no permission, over its limit.
+            BrokerUnavailable: there is no connection now.
+        """
+
+    def close(self) -> None:
+        """Close the connection; unconfirmed messages stay unconfirmed."""
+
+
+class UpdateSource(Protocol):
+    """Where the aggregator receives. At most one source of a job is served at a time; others stand by.
+
+    Each message is delivered at least once: what is not acked comes again, to this source or another.
+    """
+
+    def receive(self, limit: int, wait_s: float) -> list[Delivery]:
+        """Return up to `limit` deliveries in order; wait up to `wait_s` for the first."""
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Tell the broker to forget these; call it only when their effect is durable.
+
+        Deliveries of an earlier connection are ignored: the broker sends them again.
+        """
+
+    def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
+        """Move a message to the dead letters; it is acked once the broker confirmed the copy there."""
+
+    def recover(self) -> None:
+        """Have every delivery that is not acked delivered again."""
+
+    def close(self) -> None:
+        """Close the connection; what is not acked will be delivered again."""

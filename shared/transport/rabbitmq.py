@@ -1,0 +1,296 @@
+"""The broker port on RabbitMQ 3.10 to 4.x: quorum queues, publisher confirms, one active consumer."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import pika
+import pika.exceptions
+
+from shared.errors import BrokerUnavailable, FedMQError, PublishRefused, PublishUnconfirmed, Reason, SettingsError
+from shared.messages import CONTENT_TYPE
+from shared.transport.link import Channel, Link, Step, parameters
+from shared.transport.names import (
+    DEAD_EXCHANGE,
+    EXCHANGE,
+    HEADER_DETAIL,
+    HEADER_REASON,
+    dead_queue,
+    queue,
+    routing_key,
+)
+from shared.transport.ports import Delivery, Outgoing
+
+log = logging.getLogger("fedmq.broker")
+
+INBOX_BYTES_MAX = 2**25  # received but not yet folded: beyond 32 MiB the socket is left unread
+DETAIL_CHARS_MAX = 1000  # an AMQP header
+
+
+class RabbitSink:
+    """Publishes with mandatory and a confirm; waiting threads never touch the connection."""
+
+    def __init__(self, url: str, client: str) -> None:
+        self._login = parameters(url, client).credentials.username
+        self._unconfirmed: dict[int, tuple[str, Future[None]]] = {}  # owner thread only, as the next two
+        self._returned: dict[str, str] = {}
+        self._sequence = 0
+        self._channel: Channel = None
+        self.link = Link(url, f"fedmq worker {client}", self._prepare, self._on_down)
+
+    def publish(self, message: Outgoing, timeout_s: float) -> None:
+        """Publish and wait for the confirm."""
+        outcome: Future[None] = Future()
+        if not self.link.call(partial(self._send, message, outcome)):
+            raise BrokerUnavailable(str(self.link.problem))
+        try:
+            outcome.result(timeout_s)
+        except TimeoutError as error:
+            blocked = f" (it blocks publishers: {self.link.blocked})" if self.link.blocked else ""
+            raise PublishUnconfirmed(f"no confirm from the broker within {timeout_s:g} s{blocked}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.link.close()
+
+    def _prepare(self, channel: Channel) -> list[Step]:
+        self._channel, self._sequence = channel, 0
+        channel.add_on_return_callback(self._on_return)
+        return [partial(channel.confirm_delivery, self._on_confirm)]
+
+    def _send(self, message: Outgoing, outcome: "Future[None]") -> None:
+        properties = pika.BasicProperties(
+            content_type=CONTENT_TYPE,
+            delivery_mode=2,
+            message_id=message.update_id,
+            timestamp=int(time.time()),
+            type="update",
+            user_id=self._login if self._login == message.client else None,
+        )
+        self._sequence += 1
+        self._unconfirmed[self._sequence] = (message.update_id, outcome)
+        key = routing_key(message.job, message.client)
+        try:
+            self._channel.basic_publish(EXCHANGE, key, message.body, properties, mandatory=True)
+        except pika.exceptions.AMQPError as error:  # the channel is closing: `_on_down` ends the others
+            outcome.set_exception(BrokerUnavailable(str(error)))
+
+    def _on_return(self, _channel: Channel, method: Any, properties: Any, _body: bytes) -> None:
+        """Note an unroutable message; its confirm follows."""
+        self._returned[properties.message_id] = method.reply_text
+
+    def _on_confirm(self, frame: Any) -> None:
+        method = frame.method
+        last = method.delivery_tag
+        tags = [tag for tag in self._unconfirmed if tag <= last] if method.multiple else [last]
+        for tag in tags:
+            update_id, outcome = self._unconfirmed.pop(tag, ("", None))
+            if outcome is None:
+                continue
+            returned = self._returned.pop(update_id, None)
+            if returned is not None:
+                outcome.set_exception(PublishRefused(f"{returned}: no queue takes it, no aggregator has run this job"))
+            elif isinstance(method, pika.spec.Basic.Nack):
+                outcome.set_exception(PublishRefused("the queue does not take it (nack): it is full or has no leader"))
+            else:
+                outcome.set_result(None)
+
+    def _on_down(self, problem: Exception) -> None:
+        refused = isinstance(problem, SettingsError) or any(f": {code} " in str(problem) for code in (404, 406))
+        for _, outcome in self._unconfirmed.values():
+            outcome.set_exception(PublishRefused(str(problem)) if refused else PublishUnconfirmed(str(problem)))
+        self._unconfirmed.clear()
+        self._returned.clear()
+
+
+class RabbitSource:
+    """Consumes a job's quorum queue.
+
+    Messages are received by the connection's thread while the caller folds. Acks are cumulative: a tag is
+    acked when all before it are settled, so a rejected message that waits for its dead-letter confirm holds
+    back the acks behind it, never the other way round.
+    """
+
+    def __init__(self, url: str, job: str, prefetch: int) -> None:
+        self._job, self._prefetch = job, prefetch
+        self._changed = threading.Condition()
+        self._inbox: deque[Delivery] = deque()
+        self._inbox_bytes = 0
+        self._epoch = 0
+        self._passive = False  # the queue exists with other arguments: use it as it is
+        self._open: deque[int] = deque()  # delivered and not yet acked, in order; owner thread only, as the rest
+        self._settled: set[int] = set()
+        self._dead: dict[int, int] = {}  # publish sequence on the dead-letter channel -> delivery tag
+        self._dead_sequence = 0
+        self._channel: Channel = None
+        self._dead_channel: Channel = None
+        self.link = Link(url, f"fedmq aggregator {job}", self._prepare, self._on_down, self._pause_when_full)
+
+    def receive(self, limit: int, wait_s: float) -> list[Delivery]:
+        """Take up to `limit` deliveries from the inbox."""
+        with self._changed:
+            if not self._inbox and wait_s > 0:
+                self._changed.wait_for(lambda: self._inbox, wait_s)
+            deliveries = [self._inbox.popleft() for _ in range(min(limit, len(self._inbox)))]
+            self._inbox_bytes -= sum(len(delivery.body) for delivery in deliveries)
+            self._changed.notify_all()
+            return deliveries
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Ack those of the present connection."""
+        tags = [delivery.tag[1] for delivery in deliveries if delivery.tag[0] == self._epoch]
+        self.link.call(partial(self._settle, self._epoch, tags))
+
+    def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
+        """Publish to the dead letters; ack on its confirm."""
+        if delivery.tag[0] == self._epoch:
+            self.link.call(partial(self._bury, delivery, str(reason), detail[:DETAIL_CHARS_MAX]))
+
+    def recover(self) -> None:
+        """Reconnect: the broker delivers again what was not acked."""
+        with self._changed:
+            self._inbox.clear()
+            self._inbox_bytes = 0
+        self.link.reconnect("asking for everything unacked again")
+
+    def close(self) -> None:
+        """Close the connection, after the acks handed over before."""
+        self.link.close()
+
+    def _prepare(self, channel: Channel) -> list[Step]:
+        self._channel = channel
+        updates, dead, binding = queue(self._job), dead_queue(self._job), routing_key(self._job, "*")
+        quorum = {"x-queue-type": "quorum"}
+        served = {"x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE}
+        major = self.link.server_version().split(".")[0]
+        if major.isdigit() and int(major) >= 4:  # 4.0 drops after 20 returns: restarts must not burn good updates
+            served["x-delivery-limit"] = -1
+            quorum = quorum | {"x-delivery-limit": -1}
+
+        def open_dead_channel(callback: Any) -> None:
+            self._channel.connection.channel(on_open_callback=partial(self._on_dead_channel, callback))
+
+        def consume(callback: Any) -> None:
+            channel.basic_consume(updates, self._on_message, callback=callback)
+
+        declare = partial(channel.queue_declare, durable=True, passive=self._passive)
+        return [
+            partial(channel.exchange_declare, EXCHANGE, "topic", durable=True),
+            partial(channel.exchange_declare, DEAD_EXCHANGE, "topic", durable=True),
+            partial(declare, dead, arguments=quorum),
+            partial(channel.queue_bind, dead, DEAD_EXCHANGE, binding),
+            partial(declare, updates, arguments=quorum | served),
+            partial(channel.queue_bind, updates, EXCHANGE, binding),
+            partial(channel.basic_qos, prefetch_count=self._prefetch),
+            open_dead_channel,
+            consume,
+        ]
+
+    def _on_dead_channel(self, callback: Any, channel: Channel) -> None:
+        self._dead_channel, self._dead_sequence = channel, 0
+        channel.add_on_close_callback(lambda _channel, error: self.link.reconnect(f"dead-letter channel: {error}"))
+        channel.confirm_delivery(self._on_buried, callback=callback)
+
+    def _on_message(self, _channel: Channel, method: Any, properties: Any, body: bytes) -> None:
+        self._open.append(method.delivery_tag)
+        client = method.routing_key.rsplit(".", 1)[-1]
+        tag = (self._epoch, method.delivery_tag)
+        with self._changed:
+            self._inbox.append(Delivery(body, client, properties.user_id, properties.message_id or "", tag))
+            self._inbox_bytes += len(body)
+            self._changed.notify_all()
+
+    def _pause_when_full(self) -> None:
+        """Leave the socket unread while the inbox is full; wake now and then for acks and heartbeats."""
+        with self._changed:
+            if self._inbox_bytes > INBOX_BYTES_MAX and len(self._inbox) > 1:
+                self._changed.wait(0.2)
+
+    def _settle(self, epoch: int, tags: Sequence[int]) -> None:
+        if epoch != self._epoch:
+            return
+        self._settled.update(tags)
+        last = None
+        while self._open and self._open[0] in self._settled:
+            last = self._open.popleft()
+            self._settled.discard(last)
+        if last is not None:
+            self._channel.basic_ack(last, multiple=True)
+
+    def _bury(self, delivery: Delivery, reason: str, detail: str) -> None:
+        epoch, tag = delivery.tag
+        if epoch != self._epoch:
+            return
+        self._dead_sequence += 1
+        self._dead[self._dead_sequence] = tag
+        properties = pika.BasicProperties(
+            content_type=CONTENT_TYPE,
+            delivery_mode=2,
+            message_id=delivery.update_id or None,
+            type="update",
+            headers={HEADER_REASON: reason, HEADER_DETAIL: detail},
+        )
+        key = routing_key(self._job, delivery.client)
+        self._dead_channel.basic_publish(DEAD_EXCHANGE, key, delivery.body, properties, mandatory=True)
+
+    def _on_buried(self, frame: Any) -> None:
+        method = frame.method
+        if isinstance(method, pika.spec.Basic.Nack):
+            self.link.reconnect("the dead-letter queue does not take a message (nack)")
+            return
+        last = method.delivery_tag
+        buried = [sequence for sequence in self._dead if sequence <= last] if method.multiple else [last]
+        self._settle(self._epoch, [self._dead.pop(sequence) for sequence in buried if sequence in self._dead])
+
+    def _on_down(self, problem: Exception) -> None:
+        if ": 406 " in str(problem) and not self._passive:
+            log.warning("%s: using the queues as they are", problem)
+            self._passive = True
+        with self._changed:
+            self._epoch += 1
+            self._inbox.clear()
+            self._inbox_bytes = 0
+        self._open.clear()
+        self._settled.clear()
+        self._dead.clear()
+
+
+def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:
+    """Ask the broker how many messages wait in the job's queues; -1 where there is no queue.
+
+    Raises:
+        BrokerUnavailable, SettingsError: as for any connection.
+    """
+    depths = {"updates": -1, "consumers": -1, "dead": -1}
+    for name, declared in (("updates", queue(job)), ("dead", dead_queue(job))):
+        done = threading.Event()
+
+        def note(frame: Any, name: str = name, done: threading.Event = done) -> None:
+            depths[name] = frame.method.message_count
+            if name == "updates":
+                depths["consumers"] = frame.method.consumer_count
+            done.set()
+
+        def prepare(channel: Channel, declared: str = declared, note: Any = note) -> list[Step]:
+            def ask(callback: Any) -> None:
+                channel.queue_declare(declared, passive=True, callback=lambda frame: (note(frame), callback()))
+
+            return [ask]
+
+        link = Link(url, f"fedmq status {job}", prepare, lambda _problem: None)
+        try:
+            link.wait_ready(timeout_s)
+        except BrokerUnavailable as error:
+            if ": 404 " not in str(error):
+                raise
+        finally:
+            link.close()
+    return depths
+
+
+__all__ = ["FedMQError", "RabbitSink", "RabbitSource", "queue_depths"]

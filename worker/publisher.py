@@ -1,0 +1,82 @@
+"""The publisher's loop: oldest update of the outbox -> broker -> confirmed -> forgotten."""
+
+import logging
+import threading
+
+from shared.clock import Clock
+from shared.errors import PublishRefused, PublishUnconfirmed, Unavailable
+from shared.metrics import WorkerMetrics
+from shared.transport.ports import Outgoing, UpdateSink
+from worker.outbox import Outbox
+
+log = logging.getLogger("fedmq.worker")
+
+RETRY_S = (0.1, 15.0)  # first and longest wait after a publish that was not confirmed
+
+
+class Publisher:
+    """Publishes one worker's updates in order; runs in a thread of its own beside the training."""
+
+    def __init__(
+        self, job: str, client: str, outbox: Outbox, sink: UpdateSink, clock: Clock, metrics: WorkerMetrics,
+        confirm_timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._job, self._client, self._outbox, self._sink = job, client, outbox, sink
+        self._clock, self._metrics, self._confirm_timeout_s = clock, metrics, confirm_timeout_s
+        self.wake = threading.Event()  # set when the outbox has news
+        self.problem: str | None = None
+
+    def step(self) -> bool:
+        """Publish the oldest update, if there is one; tell whether one was confirmed.
+
+        Raises:
+            Unavailable, PublishRefused: it stays in the outbox.
+        """
+        waiting = self._outbox.oldest()
+        if waiting is None:
+            return False
+        body = waiting.body()
+        outcome = "refused"
+        try:
+            self._sink.publish(Outgoing(self._job, self._client, waiting.update_id, body), self._confirm_timeout_s)
+            outcome = "confirmed"
+        except PublishUnconfirmed:
+            outcome = "unknown"
+            raise
+        except Unavailable:
+            outcome = "unavailable"
+            raise
+        finally:
+            self._metrics.published.labels(outcome).inc()
+        self._outbox.remove(waiting)
+        self._metrics.sent_bytes.inc(len(body))
+        self._metrics.outbox.set(len(self._outbox))
+        self.problem = None
+        return True
+
+    def run(self, stop: threading.Event) -> None:
+        """Publish until stopped, backing off while the broker does not take updates."""
+        retry_s = RETRY_S[0]
+        while not stop.is_set():
+            try:
+                if not self.step():
+                    self.wake.wait(0.5)
+                    self.wake.clear()
+                retry_s = RETRY_S[0]
+            except (Unavailable, PublishRefused) as error:
+                if self.problem != str(error):
+                    log.warning("%s; keeping %d updates in the outbox", error, len(self._outbox))
+                self.problem = str(error)
+                self._clock.wait(stop, retry_s)
+                retry_s = min(RETRY_S[1], 2 * retry_s)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Publish what is left before the program ends; tell whether all was confirmed."""
+        deadline = self._clock.monotonic() + timeout_s
+        while len(self._outbox) and self._clock.monotonic() < deadline:
+            try:
+                self.step()
+            except (Unavailable, PublishRefused) as error:
+                self.problem = str(error)
+                self._clock.wait(threading.Event(), 0.3)
+        return not len(self._outbox)

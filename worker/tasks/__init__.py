@@ -1,0 +1,1 @@
+"""Two worked tasks: digits (in scikit-learn, no download) and mnist (files under FEDMQ_DATA)."""

@@ -1,0 +1,221 @@
+"""The worker's loop.
+
+    pull -> train -> delta -> compress -> encode -> outbox        (publishing: see publisher.py)
+"""
+
+import logging
+import threading
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+
+from shared.clock import Clock
+from shared.compression import parse
+from shared.config import WorkerSettings
+from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
+from shared.layout import difference
+from shared.messages import ENVELOPE_BYTES_MAX, NUM_SAMPLES_MAX, NUM_STEPS_MAX, Update, encode
+from shared.metrics import WorkerMetrics
+from shared.model_image import ModelImage
+from shared.store.ports import Head, ModelStore
+from shared.vector import squared_norm
+from worker.outbox import Outbox
+from worker.publisher import Publisher
+from worker.task import Context, Model, Task, TrainResult, read, write
+
+log = logging.getLogger("fedmq.worker")
+
+RETRY_S = (0.5, 60.0)  # first and longest wait after a training that gave no update, or a store that is away
+FLUSH_S = 20.0  # how long a worker that ends tries to get its last updates out
+
+
+class Worker:
+    """One worker of one job. `step` trains once; `run` repeats it until stopped.
+
+    Args:
+        settings: checked settings.
+        task: what to train.
+        store: where models are pulled from.
+        outbox: where finished updates wait.
+        publisher: who gets them out of there.
+        clock: time.
+        metrics: what it counts.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, task: Task, store: ModelStore, outbox: Outbox, publisher: Publisher,
+        clock: Clock, metrics: WorkerMetrics,
+    ) -> None:  # fmt: skip
+        self.settings, self.stop = settings, threading.Event()
+        self.updates_made = 0
+        self._task, self._store, self._outbox, self._publisher = task, store, outbox, publisher
+        self._clock, self._metrics = clock, metrics
+        self._model: Model = None
+        self._own: ModelImage | None = None  # this task's own model, for its layout
+        self._base: ModelImage | None = None  # what the model was last loaded from
+        self._version = -1
+        self._job: dict[str, Any] = {}
+        self._said: str | None = None
+
+    def step(self) -> bool:
+        """Pull, train once, put the update into the outbox; tell whether there is an update.
+
+        Raises:
+            StoreUnavailable: the model cannot be pulled and none was before.
+            TaskError: the training raised or gave nothing to send.
+            SettingsError: this worker cannot serve the job at all; the message says why.
+        """
+        head = self._pull()
+        if head is None:
+            return False
+        context = self._context()
+        started = time.perf_counter()
+        result, delta = self._train(context)
+        train_seconds = time.perf_counter() - started
+        self._metrics.train.observe(train_seconds)
+        encoded = parse(self._job["codec"]).encode(delta, np.random.default_rng(context.seed))
+        update = Update(
+            job=self.settings.job,
+            client=self.settings.client_id,
+            update_id=self._outbox.next_id(),
+            base_version=self._version,
+            num_samples=result.num_samples,
+            num_steps=result.num_steps,
+            layout=self._image.layout.hash,
+            codec={"name": parse(self._job["codec"]).name, **encoded.params},
+            payload=encoded.payload,
+            metrics=dict(result.metrics),
+            train_seconds=train_seconds,
+            created_at=self._clock.now(),
+        )
+        self._outbox.put(encode(update))
+        self.updates_made += 1
+        self._metrics.outbox.set(len(self._outbox))
+        self._publisher.wake.set()
+        return True
+
+    def run(self) -> None:
+        """Step until stopped, publishing in a thread beside; then get the last updates out.
+
+        Raises:
+            SettingsError: this worker cannot serve the job at all.
+        """
+        publishing = threading.Thread(target=self._publisher.run, args=(self.stop,), name="publisher", daemon=True)
+        publishing.start()
+        try:
+            self._loop()
+        finally:
+            self.stop.set()
+            self._publisher.wake.set()
+            publishing.join(FLUSH_S)
+            if len(self._outbox) and (publishing.is_alive() or not self._publisher.flush(FLUSH_S)):
+                log.warning("%d updates stay in the outbox for the next start", len(self._outbox))
+
+    def _loop(self) -> None:
+        retry_s = RETRY_S[0]
+        while not self.stop.is_set() and not self._done():
+            try:
+                if self._outbox.is_full():
+                    self._say(f"the outbox is full ({len(self._outbox)} updates): training pauses")
+                    self._clock.wait(self.stop, 0.2)
+                    continue
+                rest_s = self.settings.pause_s if self.step() else 0.5
+                retry_s = RETRY_S[0]
+            except TaskError as error:
+                self._metrics.failures.inc()
+                log.error("%s; going on", error, exc_info=error.__cause__)
+                rest_s, retry_s = retry_s, min(RETRY_S[1], 2 * retry_s)
+            except Unavailable as error:
+                self._say(f"{error}; waiting for it")
+                rest_s, retry_s = retry_s, min(RETRY_S[1], 2 * retry_s)
+            if rest_s:
+                self._clock.wait(self.stop, rest_s)
+
+    def _done(self) -> bool:
+        return bool(self.settings.updates_max) and self.updates_made >= self.settings.updates_max
+
+    def _pull(self) -> Head | None:
+        """Load the newest weights if they are newer than what is at hand; one small read when not.
+
+        While the store is away, the worker trains on from the weights it has. Returns None while the job has not
+        started.
+        """
+        try:
+            head = self._store.head()
+            if head is not None and (head.version != self._version or head.layout != self._image.layout.hash):
+                self._job = self._store.job()
+                self._base = self._store.model(head.version)
+                self._metrics.pulled_bytes.inc(self._base.data.size)
+                self._version = head.version
+                self._check(self._base)
+                log.debug("pulled version %d", head.version)
+        except VersionGone as error:  # it was replaced while we pulled: look again
+            log.debug("%s", error)
+            return None
+        except Unavailable as error:
+            if self._base is None:
+                raise
+            self._say(f"{error}; training on from version {self._version}")
+            return Head(0, self._version, "", "", 0, 0, 0.0)
+        if head is None or not self._job:
+            self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")
+            self._version = -1
+            return None
+        self._said = None
+        self._metrics.version.set(self._version)
+        return head
+
+    @property
+    def _image(self) -> ModelImage:
+        """This task's own model as an image; built once."""
+        if self._own is None:
+            self._model = self._task.build()
+            self._own = read(self._model)
+        return self._own
+
+    def _check(self, base: ModelImage) -> None:
+        """Compare this task's model with the job's; a difference cannot be mended by waiting."""
+        mine, theirs = self._image.layout, base.layout
+        if mine.hash != theirs.hash:
+            raise SettingsError(
+                f"task {self._task.name} does not fit job {self.settings.job!r}: {difference(mine, theirs)}"
+            )
+        limit = int(self._job["update_bytes_max"])
+        size = parse(self._job["codec"]).payload_bytes(theirs.num_params) + ENVELOPE_BYTES_MAX
+        if size > limit:
+            raise SettingsError(
+                f"an update of {theirs.num_params} parameters as {self._job['codec']} may take {size} bytes, the job's "
+                f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise FEDMQ_UPDATE_BYTES_MAX "
+                "(and max_message_size of RabbitMQ)"
+            )
+
+    def _context(self) -> Context:
+        settings = self.settings
+        stream = (settings.seed, zlib.crc32(settings.client_id.encode()), self._outbox.next_sequence)
+        seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint32)[0])
+        return Context(settings.client_id, self._version, seed, settings.task_settings, self.stop.is_set)
+
+    def _train(self, context: Context) -> tuple[TrainResult, Any]:
+        """Train from the base weights; return the result and the delta (float32 [n])."""
+        assert self._base is not None, "pulled before"  # noqa: S101
+        write(self._model, self._base)
+        result = self._task.train(self._model, context)
+        if not (0 < result.num_samples <= NUM_SAMPLES_MAX and 0 < result.num_steps <= NUM_STEPS_MAX):
+            raise TaskError(
+                f"train() of {self._task.name} reports {result.num_samples} samples and {result.num_steps} steps: "
+                "both must be positive"
+            )
+        delta = read(self._model).weights
+        delta -= self._base.weights
+        if not np.isfinite(squared_norm(delta)):
+            raise TaskError(f"train() of {self._task.name} gave weights that are not finite: the update is not sent")
+        finite = {name: value for name, value in result.metrics.items() if np.isfinite(value)}
+        return TrainResult(result.num_samples, result.num_steps, finite), delta
+
+    def _say(self, message: str) -> None:
+        """Log a condition once, not at every turn."""
+        if message != self._said:
+            log.warning("%s", message)
+            self._said = message
