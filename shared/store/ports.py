@@ -106,7 +106,7 @@ class ModelStore(Protocol):
         """Return what a worker needs to start: codec, limits, rule; empty while no aggregator has run."""
 
     def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Add an evaluator's numbers to what is known of a version."""
+        """Add an evaluator's numbers to what is known of a version; the version may be gone by now."""
 
 
 class StateStore(ModelStore, Protocol):

@@ -8,10 +8,11 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:meta:<v>           hash    revision sha256 chunks created_at updates staleness_mean evaluation:<metric>
     fedmq:{<job>}:versions           zset    versions whose weights are stored, scored by themselves
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
-    fedmq:{<job>}:ledger             stream  one entry a commit: revision, version, updates (JSON)
+    fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)
     fedmq:{<job>}:clients            hash    client id -> JSON: when last seen, its last update and the outcome
     fedmq:{<job>}:job                hash    what a worker needs to start, each value JSON
     fedmq:{<job>}:tag:<name>         string  a version with a name
+    fedmq:{<job>}:evaluations        stream  * one entry an evaluation: version, metrics (JSON)
     fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
     fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
     fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
@@ -50,6 +51,9 @@ STAGE_SECONDS = 3600  # pieces of a commit that never happened
 LEDGER_ENTRIES_MAX = 100_000  # approximately: Redis trims whole nodes
 WAITAOF_MS = 10_000
 READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
+EVALUATIONS_MAX = 10_000  # approximately
+META_SECONDS = 3600  # facts about a version whose weights are gone
+EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
 SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is small
 
 # KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
@@ -63,6 +67,9 @@ end
 for _, command in ipairs(cmsgpack.unpack(ARGV[4])) do redis.call(unpack(command)) end
 return 'done'
 """
+
+
+_SET_IF_EXISTS = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end"
 
 
 class RedisStore:
@@ -105,6 +112,12 @@ class RedisStore:
                 return "unknown" if enabled else "off"
             return str(settings["appendfsync"]) if settings.get("appendonly") == "yes" else "off"
 
+    def clock(self) -> float:
+        """Return the server's unix seconds."""
+        with _translated(self.url):
+            seconds, microseconds = self._redis.time()
+        return float(seconds) + float(microseconds) / 1e6
+
     def head(self) -> Head | None:
         """Return where the job stands: one HGETALL."""
         with _translated(self.url):
@@ -141,10 +154,12 @@ class RedisStore:
         return {name.decode(): json.loads(value) for name, value in fields.items()}
 
     def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Add an evaluator's numbers to `meta:<version>`."""
+        """Append to the `evaluations` stream, and to `meta:<version>` while that is known."""
+        fields = {f"{EVALUATION}{name}": repr(float(value)) for name, value in metrics.items()}
+        entry: dict[Any, Any] = {"version": version, "metrics": json.dumps(dict(metrics))}
         with _translated(self.url):
-            fields = {f"evaluation:{name}": repr(float(value)) for name, value in metrics.items()}
-            self._redis.hset(self._key(f"meta:{version}"), mapping=fields)
+            self._redis.xadd(self._key("evaluations"), entry, maxlen=EVALUATIONS_MAX, approximate=True)
+            self._redis.eval(_SET_IF_EXISTS, 1, self._key(f"meta:{version}"), *_flat(fields))
 
     def announce(self, job: Mapping[str, Any]) -> None:
         """Write the `job` hash."""
@@ -200,11 +215,12 @@ class RedisStore:
             commands.append(["ZADD", self._key("applied"), *members[start : start + SCRIPT_ARGS_MAX]])
         commands.append(["ZREMRANGEBYSCORE", self._key("applied"), "-inf", f"({commit.applied_floor}"])
         entry = ["revision", head["revision"], "version", commit.version, "updates", commit.ledger]
-        commands.append(["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, "*", *entry])
+        commands.append(["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, f"{head['revision']}-0", *entry])
         for client, text in commit.clients.items():
             commands.append(["HSET", self._key("clients"), client, text])
         for version in commit.dropped_versions:
-            commands.append(["DEL", self._key(f"meta:{version}"), *self._model_keys(version)])
+            commands.append(["DEL", *self._model_keys(version)])
+            commands.append(["EXPIRE", self._key(f"meta:{version}"), META_SECONDS])
             commands.append(["ZREM", self._key("versions"), version])
         if commit.model is not None:
             commands += self._model_commands(commit.version, commit.model, commit.now, commit.meta, head)
@@ -235,9 +251,12 @@ class RedisStore:
             fields = self._redis.hgetall(self._key(f"meta:{version}"))
         return {name.decode(): value.decode() for name, value in fields.items()}
 
-    def ledger(self) -> Iterator[dict[str, Any]]:
-        """Yield every stored ledger entry, oldest first, with `updates` parsed."""
-        last = "-"
+    def ledger(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """Yield the stored ledger entries of revisions beyond `after`, oldest first, with `updates` parsed.
+
+        Entries carry the revision as their stream id (`<revision>-0`), so that a reader finds its place at once.
+        """
+        last = f"({after}-0"
         while True:
             with _translated(self.url):
                 page = self._redis.xrange(self._key("ledger"), last, count=500)
@@ -249,6 +268,14 @@ class RedisStore:
                 last = f"({identifier.decode()}"
             if not page:
                 return
+
+    def newest_evaluation(self) -> tuple[int, dict[str, float]]:
+        """Return the newest evaluated version and its metrics; (-1, {}) when none is."""
+        with _translated(self.url):
+            newest = self._redis.xrevrange(self._key("evaluations"), count=1)
+        if not newest:
+            return -1, {}
+        return int(newest[0][1][b"version"]), json.loads(newest[0][1][b"metrics"])
 
     def close(self) -> None:
         """Close the connections."""
@@ -299,7 +326,8 @@ class RedisStore:
 
     def _run(self, expected: str, token: str, stage: list[str], commands: list[list[Any]]) -> str:
         """Run the script and wait until it is durable; return its answer."""
-        argv = [expected, token, msgpack.packb(stage), msgpack.packb(commands)]
+        # Redis's cmsgpack predates the msgpack type for binary: everything travels as the old raw type.
+        argv = [expected, token, msgpack.packb(stage, use_bin_type=False), msgpack.packb(commands, use_bin_type=False)]
         with _translated(self.url), self._redis.pipeline(transaction=False) as pipe:
             pipe.execute_command("EVAL", _COMMIT, 1, self._key("head"), *argv)
             if self._waitaof:

@@ -1,0 +1,170 @@
+"""The `fedmq` command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aggregator.__main__ import HELP as AGGREGATOR_HELP
+from aggregator.__main__ import run as run_aggregator
+from shared.command import exit_codes, settings_command
+from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load
+from worker.__main__ import HELP as WORKER_HELP
+from worker.__main__ import run as run_worker
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Asynchronous federated learning over RabbitMQ and Redis.",
+)  # fmt: skip
+models_app = typer.Typer(no_args_is_help=True, help="The versions of a job's model.")
+app.add_typer(models_app, name="models")
+
+StoreUrl = Annotated[str | None, typer.Option(help="Redis URL; FEDMQ_STORE_URL")]
+BrokerUrl = Annotated[str | None, typer.Option(help="RabbitMQ URL; FEDMQ_BROKER_URL")]
+Job = Annotated[str | None, typer.Option(help="the job's id; FEDMQ_JOB")]
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Option(help="digits, mnist or a file")] = "digits",
+    servers: Annotated[bool, typer.Option("--servers", help="run on real servers, one process per worker")] = False,
+    broker_url: Annotated[str | None, typer.Option(help="with --servers: use this RabbitMQ")] = None,
+    store_url: Annotated[str | None, typer.Option(help="with --servers: use this Redis")] = None,
+    updates: Annotated[int | None, typer.Option(help="local trainings in all [default: depends on the task]")] = None,
+    workers: Annotated[int, typer.Option(help="number of devices")] = 10,
+    codec: Annotated[str, typer.Option(help="how updates are encoded")] = "int4 | zstd",
+    buffer_size: Annotated[int, typer.Option(help="FedBuff's K")] = 10,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    out: Annotated[Path | None, typer.Option(help="folder for the report [default: runs/demo]")] = None,
+) -> None:
+    """Train a small model with ten workers and look at it: in this process, or on real servers."""
+    with exit_codes():
+        from ops import demo as main_job
+        from shared.compression import parse
+
+        plan = main_job.plan(task, updates, workers, parse(codec).name, buffer_size, seed, out)
+        if (broker_url or store_url) and not servers:
+            raise typer.BadParameter("--broker-url and --store-url go with --servers")
+        history = main_job.on_servers(plan, broker_url, store_url) if servers else main_job.embedded(plan)
+        print(history.last_line())
+
+
+settings_command(app, "aggregator", AggregatorSettings, run_aggregator, AGGREGATOR_HELP)
+settings_command(app, "worker", WorkerSettings, run_worker, WORKER_HELP)
+
+
+def _run_evaluator(settings: EvaluatorSettings) -> None:
+    from ops.evaluator import run
+
+    run(settings)
+
+
+settings_command(
+    app, "evaluator", EvaluatorSettings, _run_evaluator,
+    "Evaluate each new version on held-out data; write the numbers to the store and to Prometheus.",
+)  # fmt: skip
+
+
+@app.command()
+def status(job: Job = None, broker_url: BrokerUrl = None, store_url: StoreUrl = None) -> None:
+    """Show where a job stands, and why nothing moves if nothing does."""
+    with exit_codes():
+        from ops.status import show
+
+        show(load(Settings, {"job": job, "broker_url": broker_url, "store_url": store_url}))
+
+
+@app.command()
+def doctor(
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+    store_url: StoreUrl = None,
+    task: Annotated[str | None, typer.Option(help="also try this task once; FEDMQ_TASK")] = None,
+) -> None:
+    """Check broker, store, durability, clock, job and task: each ok, or what to do."""
+    with exit_codes():
+        from ops.doctor import examine
+
+        flags = {"job": job, "broker_url": broker_url, "store_url": store_url, "task": task}
+        raise typer.Exit(examine(load(WorkerSettings, flags)))
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="file to write")]) -> None:
+    """Write a commented task that runs as it is."""
+    with exit_codes():
+        from ops.template import write
+
+        write(path)
+
+
+@app.command()
+def bench(
+    params: Annotated[str, typer.Option(help="model sizes, comma separated")] = "100k,1M,10M",
+    out: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
+    repeats: Annotated[int, typer.Option(help="runs per number; the median is shown", min=1)] = 5,
+) -> None:
+    """Measure fold, end-to-end throughput and memory beside their limits, on private servers."""
+    with exit_codes():
+        from ops.bench.main import run
+
+        run(params, repeats, out)
+
+
+@models_app.command("init")
+def models_init(
+    task: Annotated[str, typer.Argument(help="digits, mnist or a file")],
+    job: Job = None,
+    store_url: StoreUrl = None,
+    out: Annotated[Path | None, typer.Option(help="write a safetensors file instead of version 0")] = None,
+) -> None:
+    """Build a task's model and store it as version 0 of a job."""
+    with exit_codes():
+        from ops.models import init
+
+        init(load(EvaluatorSettings, {"job": job, "store_url": store_url, "task": task}), out)
+
+
+@models_app.command("list")
+def models_list(job: Job = None, store_url: StoreUrl = None) -> None:
+    """List the stored versions."""
+    with exit_codes():
+        from ops.models import list_versions
+
+        list_versions(load(Settings, {"job": job, "store_url": store_url}))
+
+
+@models_app.command("show")
+def models_show(
+    version: Annotated[str, typer.Argument(help="a version, or newest")] = "newest",
+    job: Job = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Show what is known of a version, and its tensors."""
+    with exit_codes():
+        from ops.models import show
+
+        show(load(Settings, {"job": job, "store_url": store_url}), version)
+
+
+@models_app.command("export")
+def models_export(
+    out: Annotated[Path, typer.Argument(help="safetensors file to write")],
+    version: Annotated[str, typer.Option(help="a version, or newest")] = "newest",
+    job: Job = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Write a version as a safetensors file."""
+    with exit_codes():
+        from ops.models import export
+
+        export(load(Settings, {"job": job, "store_url": store_url}), version, out)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`fedmq status`: one screen that says where a job stands and why nothing moves, if nothing does."""
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shared.config import Settings
+from shared.errors import SettingsError, Unavailable
+from shared.store.ports import Head
+from shared.store.redis import RedisStore
+from shared.transport.rabbitmq import queue_depths
+
+ACTIVE_S = 60.0  # a worker seen within this time counts as active
+BROKER_S_MAX = 5.0
+
+
+def show(settings: Settings) -> None:
+    """Print the screen."""
+    store = RedisStore(settings.store_url, settings.job)
+    head = store.head()
+    console = Console()
+    try:
+        depths: dict[str, int] | str = queue_depths(settings.broker_url, settings.job, BROKER_S_MAX)
+    except (Unavailable, SettingsError) as error:
+        depths = str(error)
+    if head is None:
+        console.print(f"job {settings.job}: no model yet. Run `fedmq models init TASK --job {settings.job}`.")
+        return
+    facts = store.status()
+    version, metrics = store.newest_evaluation()
+    table = Table.grid(padding=(0, 3))
+    for name, value in _lines(settings.job, head, facts, depths, version, metrics, time.time()):
+        table.add_row(f"[dim]{name}[/]", value)
+    console.print(table)
+
+
+def _lines(
+    job: str, head: Head, facts: dict[str, Any], depths: dict[str, int] | str, evaluated: int, metrics: dict[str, float],
+    now: float,
+) -> list[tuple[str, str]]:  # fmt: skip
+    spec, totals = facts["job"], facts["state"].get("totals", {})
+    buffered = len(facts["state"].get("buffer", []))
+    seen = sorted(facts["clients"].items(), key=lambda item: -item[1]["seen"])
+    active = [name for name, client in seen if now - client["seen"] <= ACTIVE_S]
+    recent = [u for entry in facts["ledger"] for u in entry_updates(entry) if u["outcome"] == "applied"][:100]
+    staleness = f"{sum(u['staleness'] for u in recent) / len(recent):.2f} versions on average" if recent else "-"
+    evaluation = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + f" (version {evaluated})" if metrics else "-"
+    queue = depths if isinstance(depths, str) else f"{depths['updates']} waiting, {depths['dead']} dead letters"
+    return [
+        ("job", f"[bold]{job}[/]  {head.num_params:,} parameters"),
+        ("version", f"[bold]{head.version}[/]  made {_ago(now - head.created_at)} ago, revision {head.revision}"),
+        ("rule", f"{spec.get('rule', '?')}, codec {spec.get('codec', '?')}, staleness {spec.get('staleness', '?')}"),
+        ("evaluation", evaluation),
+        ("updates", ", ".join(f"{count} {outcome}" for outcome, count in sorted(totals.items())) or "none yet"),
+        ("staleness", staleness),
+        ("workers", f"{len(active)} seen in the last minute, {len(seen)} ever"),
+        ("queue", queue),
+        ("", why(spec, head, buffered, depths, active, seen, now)),
+    ]
+
+
+def why(
+    spec: dict[str, Any], head: Head, buffered: int, depths: dict[str, int] | str, active: list[str],
+    seen: list[tuple[str, Any]], now: float,
+) -> str:  # fmt: skip
+    """Say in one line what the job waits for, or that it moves."""
+    buffer = f"buffer {buffered}/{spec.get('buffer_size', '?')}"
+    workers = f"{len(active)} workers seen in the last minute"
+    if isinstance(depths, str):
+        return f"[red]the broker does not answer: {depths}[/]"
+    if depths["consumers"] <= 0:
+        return f"[red]no aggregator is connected; {max(0, depths['updates'])} updates wait[/]: start `fedmq aggregator`"
+    if now - head.created_at < 10:
+        return f"[green]moving[/]: {buffer}, {workers}"
+    if not seen:
+        return f"[yellow]no update has ever arrived[/]: start `fedmq worker --task TASK --job ...`; {buffer}"
+    newest = seen[0][1]
+    if newest["outcome"] in ("stale", "rejected"):
+        detail = newest.get("detail", f"staleness {newest.get('staleness')}")
+        return f"[yellow]the last update of {seen[0][0]} was {newest['outcome']}: {detail}[/]; {buffer}, {workers}"
+    if not active:
+        return f"[yellow]no worker in the last minute[/], the last one {_ago(now - newest['seen'])} ago; {buffer}"
+    return f"[yellow]waiting for updates[/]: {buffer}, the last came {_ago(now - newest['seen'])} ago; {workers}"
+
+
+def entry_updates(entry: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the updates of a ledger entry as stored."""
+    updates: list[dict[str, Any]] = json.loads(entry["updates"])
+    return updates
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

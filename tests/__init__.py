@@ -1,0 +1,1 @@
+"""FedMQ's tests."""
