@@ -10,7 +10,8 @@ import json
 import logging
 import threading
 import uuid
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from aggregator.account import APPLIED, DUPLICATE, STALE, Account
@@ -37,7 +38,6 @@ from shared.vector import Vector
 
 log = logging.getLogger("fedmq.aggregator")
 
-RECEIVE_MAX = 16  # deliveries handled between two looks at the clock
 BASES_HELD = 2  # base versions FedAsync keeps at hand, each of model size
 RETRY_S = (0.1, 5.0)  # first and longest wait after a store did not answer
 
@@ -62,7 +62,7 @@ class Aggregator:
         self._source, self._store, self._clock, self._poll_s = source, store, clock, poll_s
         self._rule = rule_of(settings)
         self._weight = parse_staleness(settings.staleness)
-        self._inbox: deque[Delivery] = deque()  # received, not yet looked at
+        self._held: Delivery | None = None  # received, not yet settled
         self._pending: list[Delivery] = []  # settled in memory, to be acked after the next commit
         self._account = Account()
         self._bases: OrderedDict[int, Vector] = OrderedDict()
@@ -75,22 +75,20 @@ class Aggregator:
         self._admission = Admission(settings.job, self.state.model.layout, settings.update_bytes_max)
 
     def step(self) -> bool:
-        """Receive some deliveries, settle each, commit if due; tell whether there was work.
+        """Receive a delivery, settle it, commit if due; tell whether there was work.
 
         Raises:
             StoreUnavailable: nothing is lost; call again.
         """
         self.stepped_at = self._clock.monotonic()
-        if not self._inbox:
-            self._inbox.extend(self._source.receive(RECEIVE_MAX, self._wait_s()))
-        worked = bool(self._inbox)
+        if self._held is None:
+            self._held = next(iter(self._source.receive(1, self._wait_s())), None)
+        worked = self._held is not None
         if not self._account.entries:
             self._catch_up(reload=worked)
-        while self._inbox:
-            self._settle(self._inbox[0])
-            self._inbox.popleft()
-            if self._commit_due():
-                self._commit()
+        if self._held is not None:
+            self._settle(self._held)
+            self._held = None
         if self._commit_due():
             self._commit()
         return worked
@@ -133,7 +131,7 @@ class Aggregator:
             return
         version = self.state.version
         self._account.settle(update, len(delivery.body), outcome, staleness, weight, version, now)
-        self._pending.append(delivery)
+        self._pending.append(replace(delivery, body=b""))  # a window of bodies would outweigh the model
         if outcome == APPLIED and self._rule.advance(self.state):
             self._advanced = True
             forget_old_ids(self.state, self._floor())
@@ -260,7 +258,7 @@ class Aggregator:
 
     def _reload(self) -> None:
         """Go back to what is stored and have the rest delivered again."""
-        self._inbox.clear()
+        self._held = None
         self._source.recover()
         self.state = self._adopt(self._load())
 

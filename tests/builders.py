@@ -14,7 +14,7 @@ from aggregator.aggregator import Aggregator
 from shared.clock import VirtualClock
 from shared.compression import parse
 from shared.config import AggregatorSettings, WorkerSettings
-from shared.errors import StoreUnavailable
+from shared.errors import StoreUnavailable, Unavailable
 from shared.messages import Update, encode
 from shared.metrics import AggregatorMetrics, WorkerMetrics
 from shared.model_image import ModelImage
@@ -88,7 +88,8 @@ class System:
 
     def start(self, wrap: Callable[[InProcessSource], Any] = lambda source: source, **settings: Any) -> Aggregator:
         """Start an aggregator from what is stored."""
-        self.settings = AggregatorSettings(**self.settings.model_dump(exclude_unset=True) | settings)
+        if settings:
+            self.settings = AggregatorSettings(**self.settings.model_dump(exclude_unset=True) | settings)
         self.source = wrap(self.broker.source(self.settings.job))
         self.aggregator = Aggregator(self.settings, self.source, self.store, self.clock, self.metrics, poll_s=0.0)
         self.store.announce(self.aggregator.describe())
@@ -115,9 +116,17 @@ class System:
         """Publish any bytes."""
         self.broker.sink().publish(Outgoing(self.settings.job, client, update_id, body), 1.0)
 
+    def step(self) -> bool:
+        """Step as `run` does: a store that does not answer is tried again later."""
+        try:
+            return self.aggregator.step()
+        except Unavailable:
+            self.clock.time_s += 0.05
+            return False
+
     def drain(self) -> None:
         """Step until there is nothing to do."""
-        while self.aggregator.step():
+        while self.step():
             pass
 
     @property

@@ -22,7 +22,7 @@ from shared.errors import Reason, RejectedUpdate
 from shared.vector import Vector
 
 BLOCK = 256  # elements that share a scale
-_SLAB = 256  # blocks handled at once: 64k elements, their float32 scratch stays in the L2 cache
+_SLAB = 1024  # blocks handled at once: 64k elements, their float32 scratch stays in the L2 cache
 _HALF = np.float32(0.5)
 
 Int8s = npt.NDArray[np.int8]

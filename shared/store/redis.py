@@ -245,6 +245,13 @@ class RedisStore:
                 "versions": [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)],
             }
 
+    def totals(self) -> dict[str, int]:
+        """Return outcome -> number of updates, over the job's whole life."""
+        with _translated(self.url):
+            state = self._redis.get(self._key("state"))
+        totals: dict[str, int] = msgpack.unpackb(state)["totals"] if state else {}
+        return totals
+
     def meta(self, version: int) -> dict[str, str]:
         """Return what is known of a version; empty when nothing is."""
         with _translated(self.url):

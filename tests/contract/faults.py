@@ -38,7 +38,9 @@ def rabbitmqctl(server: PrivateServer, *arguments: str) -> str:
 def listed(server: PrivateServer, what: str, *columns: str, vhost: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of a `rabbitmqctl list_...` command."""
     place = ["-p", vhost] if vhost else []
-    rows: list[dict[str, Any]] = json.loads(rabbitmqctl(server, f"list_{what}", *place, *columns, "--formatter", "json"))
+    rows: list[dict[str, Any]] = json.loads(
+        rabbitmqctl(server, f"list_{what}", *place, *columns, "--formatter", "json")
+    )
     return rows
 
 

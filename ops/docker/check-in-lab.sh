@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# check-in-lab.sh: run docker-compose.yml for real and see that it keeps its promises. Takes about ten minutes.
+#
+#   DOCKER_HOST=... ops/docker/check-in-lab.sh
+#
+# It builds, starts everything, waits for the accuracy, asks Prometheus, kills every service, kills all at once, stops
+# and starts again, and accounts for every update. It has its own project name and takes free ports, so another stack
+# may run beside it; its containers and volumes are removed at the end. Exit code 0: all seen; 1: something was not.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+unset "${!FEDMQ_@}" WORKERS
+export COMPOSE_PROJECT_NAME=fedmq-check COMPOSE_PROFILES=demo
+export AMQP_PORT=0 REDIS_PORT=0 MANAGEMENT_PORT=0 PROMETHEUS_PORT=0  # any free one
+SERVICES="rabbitmq redis aggregator evaluator prometheus worker"
+WORKERS_EXPECTED=4
+TARGETS_EXPECTED=$((WORKERS_EXPECTED + 5))  # aggregator, evaluator, rabbitmq twice, prometheus
+ACCURACY_MIN=0.94
+WAIT_S=300
+worker_kills=0
+
+say() { printf '\n== [%4d s] %s\n' "$SECONDS" "$*"; }
+compose() { docker-compose "$@"; }
+quietly() { "$@" >/tmp/fedmq-check.log 2>&1 || { cat /tmp/fedmq-check.log >&2; fail "$*"; }; }
+
+fail() {
+  printf '\n== FAILED: %s\n' "$*" >&2
+  compose ps >&2 || true
+  compose logs --no-color --tail=25 >&2 || true
+  exit 1
+}
+
+cleanup() {
+  local code=$?
+  say "cleaning up"
+  compose down -v --remove-orphans --timeout 10 >/dev/null 2>&1 || true
+  exit "$code"
+}
+
+# within SECONDS WHAT COMMAND...: repeat COMMAND until it succeeds.
+within() {
+  local limit=$1 what=$2 started=$SECONDS
+  shift 2
+  until "$@"; do
+    ((SECONDS - started < limit)) || fail "not within $limit s: $what"
+    sleep 2
+  done
+  printf '   %s: after %d s\n' "$what" $((SECONDS - started))
+}
+
+# ask WHAT [ARGUMENT]: look at the running system from a container beside it.
+ask() {
+  docker run --rm -i --network "${COMPOSE_PROJECT_NAME}_default" fedmq-aggregator python - "$@" 2>/dev/null <<'PYTHON'
+import json
+import sys
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+from shared.store.redis import RedisStore
+from shared.transport.rabbitmq import queue_depths
+
+what, *rest = sys.argv[1:]
+store = RedisStore("redis://:fedmq@redis:6379/0", "default")
+if what == "version":
+    print(store.head().version)
+elif what == "settled":  # every update that has an outcome, duplicates apart: those were counted before
+    print(sum(n for outcome, n in store.status()["state"]["totals"].items() if outcome != "duplicate"))
+elif what == "totals":
+    print(store.status()["state"]["totals"], queue_depths("amqp://fedmq:fedmq@rabbitmq:5672/fedmq", "default", 10))
+elif what == "clients":
+    print(*sorted(store.status()["clients"]))
+elif what == "metric":  # of the aggregator, without Prometheus
+    page = urlopen("http://aggregator:9464/metrics", timeout=5).read().decode()
+    print(int(float(next(line.split()[1] for line in page.splitlines() if line.startswith(rest[0] + " ")))))
+elif what == "prometheus":
+    answer = json.load(urlopen("http://prometheus:9090/api/v1/query?" + urlencode({"query": rest[0]}), timeout=5))
+    for series in answer["data"]["result"]:
+        labels = {k: v for k, v in series["metric"].items() if k in ("job", "instance", "metric", "queue", "outcome")}
+        print(series["value"][1], labels)
+PYTHON
+}
+
+containers() { docker ps -aq --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" "$@"; }
+
+all_healthy() {
+  local states
+  states=$(containers | xargs docker inspect -f '{{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}} {{.State.ExitCode}}{{end}}' | sort | uniq -c)
+  [[ $(tr -s ' \n' ' ' <<<"$states") == " 1 exited 0 $((WORKERS_EXPECTED + 5)) healthy " ]]
+}
+
+all_scraped() { [[ $(ask prometheus 'count(up == 1) - (count(up == 0) or vector(0))') == "$TARGETS_EXPECTED "* ]]; }
+version_beyond() { local now; now=$(ask version) && [[ -n $now ]] && ((now > $1)); }
+accurate() { ask prometheus "fedmq_evaluation{metric=\"accuracy\"} >= $ACCURACY_MIN" | grep -q accuracy; }
+restarts() { docker inspect -f '{{.RestartCount}}' "$1"; }
+restarted() { (($(restarts "$1") > $2)); }
+updates_made() {
+  docker run --rm -v "${COMPOSE_PROJECT_NAME}_worker:/state:ro" fedmq-aggregator python -c '
+import json, pathlib
+print(sum(json.loads(p.read_text())["next_sequence"] for p in pathlib.Path("/state/default").glob("*/outbox.json")))'
+}
+aggregator_at() { [[ $(ask metric fedmq_model_version) == "$1" ]]; }
+settled_all() { local settled; settled=$(ask settled) && [[ -n $settled ]] && ((settled >= $1)); }
+
+# A crash: SIGKILL to the service's main process, from outside of its container. `docker kill` would not do: Docker
+# takes that for an operator's wish and does not restart the container, whatever its restart policy.
+crash() {
+  local id pid before count
+  id=$(containers --filter "label=com.docker.compose.service=$1" | head -n 1)
+  pid=$(docker inspect -f '{{.State.Pid}}' "$id")
+  before=$(ask version)
+  count=$(restarts "$id")
+  docker run --rm --pid=host --user 0 fedmq-aggregator sh -c "kill -9 $pid"
+  within 60 "$1 restarted by itself" restarted "$id" "$count"
+  within $WAIT_S "all healthy" all_healthy
+  within $WAIT_S "new versions after $before" version_beyond $((before + 2))
+  within 60 "all $TARGETS_EXPECTED targets scraped" all_scraped
+}
+
+trap cleanup EXIT
+compose down -v --remove-orphans --timeout 10 >/dev/null 2>&1 || true
+
+say "build"
+quietly compose build
+docker images --format '   {{.Repository}}:{{.Tag}} {{.Size}}' | grep -E 'fedmq-(aggregator|worker):latest|python:3.13-slim'
+docker run --rm fedmq-aggregator python -c 'import importlib.util as u; assert not u.find_spec("torch")' || fail "torch in the aggregator"
+for image in fedmq-aggregator fedmq-worker; do
+  (($(docker run --rm $image id -u) != 0)) || fail "$image runs as root"
+done
+
+say "up"
+quietly compose up -d
+within $WAIT_S "all healthy" all_healthy
+within $WAIT_S "held-out accuracy >= $ACCURACY_MIN" accurate
+within 60 "all $TARGETS_EXPECTED targets scraped" all_scraped
+compose exec -T evaluator fedmq status
+for query in fedmq_model_version fedmq_evaluation rabbitmq_detailed_queue_messages; do
+  printf '%s\n' "$query" && ask prometheus "$query" | sed 's/^/   /' | grep . || fail "Prometheus knows no $query"
+done
+[[ $(ask clients) == "worker-0 worker-1 worker-2 worker-3" ]] || fail "clients: $(ask clients)"
+containers | xargs docker inspect -f '{{range .NetworkSettings.Ports}}{{range .}}{{.HostIp}} {{end}}{{end}}' | tr -s ' \n' '\n' |
+  grep . | grep -qv '^127\.0\.0\.1$' && fail "a port is published beyond 127.0.0.1"
+
+for service in $SERVICES; do
+  say "crash of $service"
+  [[ $service == worker ]] && worker_kills=$((worker_kills + 1))
+  crash "$service"
+done
+
+say "power cut: all killed at once, then up"
+before=$(ask version)
+quietly compose kill
+worker_kills=$((worker_kills + WORKERS_EXPECTED))
+quietly compose up -d
+within $WAIT_S "all healthy" all_healthy
+within $WAIT_S "new versions after $before" version_beyond $((before + 2))
+
+say "workers stop; every update they made is accounted for"
+quietly compose stop worker
+made=$(updates_made)
+within 90 "at least $((made - worker_kills)) of $made updates settled" settled_all $((made - worker_kills))
+# A worker that is killed may take a number and not finish the update: at most one for each kill.
+settled=$(ask settled)
+((settled <= made)) || fail "$settled settled, but only $made made"
+printf '   made %d, settled %d, unfinished at %d kills %d\n   %s\n' "$made" "$settled" $worker_kills $((made - settled)) "$(ask totals)"
+[[ $(ask totals) == *"'dead': 0"* ]] || fail "dead letters"
+
+say "down, and up again without workers: the same version"
+before=$(ask version)
+quietly compose down --timeout 10
+quietly compose up -d aggregator
+within $WAIT_S "the aggregator is at version $before" aggregator_at "$before"
+sleep 10
+aggregator_at "$before" || fail "version $(ask version) without any worker"
+
+say "up again with workers: init-model finds a model, the job goes on"
+quietly compose up -d
+within $WAIT_S "all healthy" all_healthy
+within $WAIT_S "new versions after $before" version_beyond $((before + 2))
+within $WAIT_S "held-out accuracy >= $ACCURACY_MIN" accurate
+[[ $(ask clients) == "worker-0 worker-1 worker-2 worker-3" ]] || fail "clients: $(ask clients)"
+compose exec -T evaluator fedmq status
+
+say "all seen"
