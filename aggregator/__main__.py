@@ -68,9 +68,7 @@ def run(settings: AggregatorSettings) -> None:
         stop_serving()
 
 
-def start_job(
-    store: StateStore, initial: ModelImage | None, job: str, clock: Clock, stop: threading.Event
-) -> bool:
+def start_job(store: StateStore, initial: ModelImage | None, job: str, clock: Clock, stop: threading.Event) -> bool:
     """See to it that the job has a version 0; tell whether it has one (False: stopped while waiting).
 
     Raises:
@@ -88,7 +86,9 @@ def start_job(
             continue
         if head is not None:
             if initial is not None and head.layout != initial.layout.hash:
-                raise SettingsError(f"job {job!r} exists with another layout than FEDMQ_INIT_MODEL's: choose another job")
+                raise SettingsError(
+                    f"job {job!r} exists with another layout than FEDMQ_INIT_MODEL's: choose another job"
+                )
             return True
         if not said:
             log.warning(

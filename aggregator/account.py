@@ -54,8 +54,8 @@ class Account:
     def reject(self, delivery: Delivery, error: RejectedUpdate, version: int, now: float) -> None:
         """Note a message that went to the dead letters."""
         entry = {
-            "id": delivery.update_id[:256], "outcome": REJECTED, "reason": str(error.reason), "detail": error.detail[:200],
-            "client": delivery.client, "version": version,
+            "id": delivery.update_id[:256], "outcome": REJECTED, "reason": str(error.reason),
+            "detail": error.detail[:200], "client": delivery.client, "version": version,
         }  # fmt: skip
         self.entries.append(entry)
         if len(delivery.client) <= 64:

@@ -46,7 +46,8 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> t
         raise RejectedUpdate(Reason.LAYOUT, f"layout {update.layout[:12]}, the job's is {admission.layout.hash[:12]}")
     if update.base_version > committed_version:
         raise RejectedUpdate(
-            Reason.BASE_VERSION, f"base_version {update.base_version} was never published; newest is {committed_version}"
+            Reason.BASE_VERSION,
+            f"base_version {update.base_version} was never published; newest is {committed_version}",
         )
     codec = codec_of(update.codec.get("name"))
     limit = codec.payload_bytes(admission.layout.num_params) + ENVELOPE_BYTES_MAX

@@ -172,7 +172,9 @@ class Aggregator:
             return False
         held = len(self._account.entries)
         fresh = self._advanced and not self.state.buffer
-        if fresh and (now - self._committed_at >= self.settings.commit_interval_s or 2 * held >= self.settings.prefetch):
+        if fresh and (
+            now - self._committed_at >= self.settings.commit_interval_s or 2 * held >= self.settings.prefetch
+        ):
             return True
         aged = self._advanced and now - self._committed_at >= 2 * self.settings.commit_interval_s
         late = now - self._pending_since >= self.settings.commit_age_max_s
@@ -274,8 +276,8 @@ class Aggregator:
         names = set(stored.arrays)
         if names - set(self._rule.arrays):
             raise SettingsError(
-                f"the job's open buffer belongs to another rule than {self._rule.name}: start once more with that rule, "
-                f"or with buffer_size 1, until the buffer is empty"
+                f"the job's open buffer belongs to another rule than {self._rule.name}: start once more with that "
+                "rule and FEDMQ_BUFFER_SIZE=1 until the buffer is empty"
             )
         state = from_stored(stored, self._rule.arrays)
         self._bases.clear()

@@ -14,6 +14,7 @@ def constant(staleness: int) -> float:
 
     Args:
         staleness: tau, in versions, >= 0.
+
     Raises:
         ValueError: if it is negative.
     Source: Xie et al., arXiv:1903.03934, section 5.
@@ -29,8 +30,10 @@ def polynomial(staleness: int, exponent: float) -> float:
     Args:
         staleness: tau = version at apply - base_version, in versions, >= 0.
         exponent: a >= 0; 0 turns weighting off, 0.5 is FedBuff's choice.
+
     Returns:
         Weight in (0, 1].
+
     Raises:
         ValueError: if either argument is negative.
     Source: Xie et al., arXiv:1903.03934, section 5; Nguyen et al., arXiv:2106.06639.
@@ -47,8 +50,10 @@ def hinge(staleness: int, slope: float, threshold: float) -> float:
         staleness: tau, in versions, >= 0.
         slope: a >= 0.
         threshold: b >= 0, in versions.
+
     Returns:
         Weight in (0, 1].
+
     Raises:
         ValueError: if an argument is negative.
     Source: Xie et al., arXiv:1903.03934, section 5 (a = 10, b = 4 there).
@@ -58,7 +63,11 @@ def hinge(staleness: int, slope: float, threshold: float) -> float:
     return 1.0 if staleness <= threshold else 1.0 / (slope * (staleness - threshold) + 1.0)
 
 
-_FORMS = {"constant": (constant, 0), "polynomial": (polynomial, 1), "hinge": (hinge, 2)}
+_FORMS: dict[str, tuple[Callable[..., float], int]] = {
+    "constant": (constant, 0),
+    "polynomial": (polynomial, 1),
+    "hinge": (hinge, 2),
+}
 
 
 def parse_staleness(text: str) -> StalenessWeight:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -31,6 +32,7 @@ from worker.task import Task, read
 
 PROCESS_S_MAX = 120.0  # for a process to come up, or to end after SIGTERM
 QUIET_S_MAX = 120.0  # without any progress on the servers, the demo gives up and shows the logs
+RATE_S = 2.0  # updates/s is taken over about so long
 PLAIN_LINE_S = 2.0  # between two progress lines where there is no terminal
 
 
@@ -70,7 +72,9 @@ def plan(
     """
     updates = updates or DEFAULT_UPDATES.get(Path(task).stem, 1000)
     if workers < 1 or buffer_size < 1 or updates < buffer_size:
-        raise SettingsError(f"--workers {workers}, --buffer-size {buffer_size}, --updates {updates}: at least 1, 1, one buffer")
+        raise SettingsError(
+            f"--workers {workers}, --buffer-size {buffer_size}, --updates {updates}: at least 1, 1, one buffer"
+        )
     name = "demo" if task == "digits" else f"demo-{Path(task).stem}"
     return Plan(task, updates, workers, codec, buffer_size, seed, out or Path("runs") / name)
 
@@ -132,7 +136,7 @@ def mean_trips_s(workers: int, seed: int) -> list[float]:
     return [float(x) for x in np.random.default_rng(seed).lognormal(0.0, 0.6, workers)]
 
 
-def _job_settings(job: Plan) -> dict[str, object]:
+def _job_settings(job: Plan) -> dict[str, Any]:
     return {"job": "demo", "codec": job.codec, "buffer_size": job.buffer_size, "rule": "fedbuff", "server_lr": 1.0}
 
 
@@ -148,7 +152,12 @@ class _Fleet:
 
     def __init__(self, job: Plan, name: str, broker_url: str, store_url: str, folder: Path) -> None:
         self._job, self._name, self._folder = job, name, folder
-        self._urls = {"FEDMQ_BROKER_URL": broker_url, "FEDMQ_STORE_URL": store_url, "FEDMQ_JOB": name, "FEDMQ_WAIT_S": "30"}
+        self._urls = {
+            "FEDMQ_BROKER_URL": broker_url,
+            "FEDMQ_STORE_URL": store_url,
+            "FEDMQ_JOB": name,
+            "FEDMQ_WAIT_S": "30",
+        }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped: set[str] = set()
 
@@ -208,7 +217,9 @@ class _Fleet:
         return (self._folder / f"{name}.log").read_text(errors="replace")[-chars:]
 
     def _start(self, name: str, arguments: list[str], environment: dict[str, str]) -> None:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("FEDMQ_") or key == "FEDMQ_DATA"}
+        inherited = {
+            key: value for key, value in os.environ.items() if not key.startswith("FEDMQ_") or key == "FEDMQ_DATA"
+        }
         with (self._folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, *arguments], env=inherited | self._urls | environment, stdin=subprocess.DEVNULL,
@@ -246,14 +257,14 @@ def _watch(job: Plan, store: RedisStore, fleet: _Fleet, screen: "Screen") -> His
             history.evaluated(time.monotonic() - started, version, metrics)
             screen.show(history)
         if time.monotonic() - moved > QUIET_S_MAX:
-            raise FedMQError(f"nothing moved for {QUIET_S_MAX:.0f} s; the aggregator's log ends:\n{fleet.log('aggregator')}")
+            raise FedMQError(
+                f"nothing moved for {QUIET_S_MAX:.0f} s; the aggregator's log ends:\n{fleet.log('aggregator')}"
+            )
         time.sleep(0.1)
     return history
 
 
-def _drain(
-    store: RedisStore, fleet: _Fleet, screen: "Screen", history: History, broker_url: str, name: str
-) -> History:
+def _drain(store: RedisStore, fleet: _Fleet, screen: "Screen", history: History, broker_url: str, name: str) -> History:
     """Wait until every published update is settled and the newest version evaluated."""
     deadline = time.monotonic() + PROCESS_S_MAX
     published = fleet.published()
@@ -268,7 +279,9 @@ def _drain(
             break
         if time.monotonic() > deadline:
             depth = queue_depths(broker_url, name, 5.0)["updates"]
-            raise FedMQError(f"{published} updates published, {dict(final.outcomes)} settled, {depth} still in the queue")
+            raise FedMQError(
+                f"{published} updates published, {dict(final.outcomes)} settled, {depth} still in the queue"
+            )
         time.sleep(0.2)
     final.evaluated(history.rows[-1].time_s if history.rows else 0.0, version, metrics)
     screen.show(final)
@@ -320,9 +333,12 @@ class Screen:
 
     def __init__(self, job: Plan, where: str) -> None:
         self._job, self._console = job, Console()
-        self._console.print(f"{job.task}: {job.workers} workers, FedBuff of {job.buffer_size}, codec {job.codec}; {where}")
+        self._console.print(
+            f"{job.task}: {job.workers} workers, FedBuff of {job.buffer_size}, codec {job.codec}; {where}"
+        )
         self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        self._rate_from = (self._printed, 0)
 
     def __enter__(self) -> "Screen":
         """Start the panel."""
@@ -340,7 +356,10 @@ class Screen:
     def show(self, history: History) -> None:
         """Show the newest evaluation."""
         row, now = history.rows[-1], time.monotonic()
-        rate = row.updates / max(1e-9, now - self._started)
+        since, updates = self._rate_from
+        rate = (row.updates - updates) / max(1e-9, now - since)
+        if now - since >= RATE_S:
+            self._rate_from = (now, row.updates)
         if self._console.is_terminal:
             done = min(1.0, row.updates / self._job.updates)
             panel = Table.grid(padding=(0, 2))
@@ -357,4 +376,3 @@ class Screen:
                 f"version {row.version}, {row.updates} updates, {rate:.0f} updates/s, "
                 f"staleness {row.staleness_mean:.2f}, accuracy {row.accuracy:.3f}"
             )
-

@@ -49,7 +49,12 @@ class Embedded:
     """
 
     def __init__(
-        self, task: Task, settings: AggregatorSettings, workers: list[WorkerSettings], mean_trips_s: list[float], seed: int
+        self,
+        task: Task,
+        settings: AggregatorSettings,
+        workers: list[WorkerSettings],
+        mean_trips_s: list[float],
+        seed: int,
     ) -> None:
         self.clock = VirtualClock()
         self.broker, self.store = InProcessBroker(), InProcessStore()
@@ -125,7 +130,8 @@ class Embedded:
         outbox = Outbox(folder, settings.client_id, settings.outbox_updates_max, settings.outbox_bytes_max, sync=False)
         metrics = WorkerMetrics()
         publisher = Publisher(
-            settings.job, settings.client_id, outbox, self.broker.sink(), self.clock, metrics, settings.confirm_timeout_s
+            settings.job, settings.client_id, outbox, self.broker.sink(), self.clock, metrics,
+            settings.confirm_timeout_s,
         )  # fmt: skip
         worker = Worker(settings, self._task, self.store, outbox, publisher, self.clock, metrics)
         return _Device(worker, publisher, mean_trip_s)

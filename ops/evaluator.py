@@ -46,7 +46,8 @@ class Evaluator:
             return False
         if image.layout.hash != self._layout.hash:
             raise SettingsError(
-                f"task {self._task.name} does not fit job {self.settings.job!r}: {difference(self._layout, image.layout)}"
+                f"task {self._task.name} does not fit job {self.settings.job!r}: "
+                f"{difference(self._layout, image.layout)}"
             )
         write(self._model, image)
         self._version = head.version
@@ -79,7 +80,7 @@ def run(settings: EvaluatorSettings) -> None:
     task = Task.load(settings.task, needs=("build", "evaluate"))
     metrics = EvaluatorMetrics()
     store = RedisStore(settings.store_url, settings.job)
-    wait_for_servers(lambda: store.head() and None, settings.wait_s, stop)
+    wait_for_servers(store.head, settings.wait_s, stop)
     evaluator = Evaluator(settings, task, store, SystemClock(), metrics)
     evaluator.stop = stop
     stop_serving = serve(metrics.registry, settings.metrics_port, lambda: evaluator.problem)

@@ -46,11 +46,12 @@ def list_versions(settings: Settings) -> None:
         meta = store.meta(version)
         created = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(meta.get("created_at", 0))))
         evaluation = ", ".join(
-            f"{name.removeprefix(EVALUATION)} {float(value):.4g}" for name, value in sorted(meta.items()) if name.startswith(EVALUATION)
+            f"{name.removeprefix(EVALUATION)} {float(value):.4g}"
+            for name, value in sorted(meta.items()) if name.startswith(EVALUATION)
         )  # fmt: skip
         table.add_row(
-            str(version), created, meta.get("updates", ""), meta.get("staleness_mean", ""), meta.get("staleness_max", ""),
-            evaluation, meta.get("sha256", "")[:12],
+            str(version), created, meta.get("updates", ""), meta.get("staleness_mean", ""),
+            meta.get("staleness_max", ""), evaluation, meta.get("sha256", "")[:12],
         )  # fmt: skip
     Console().print(table)
 
@@ -80,7 +81,9 @@ def export(settings: Settings, version: str, out: Path) -> None:
     except VersionGone as error:
         raise SettingsError(f"{error}; stored are {_versions(store, settings.job)}") from error
     image.save(out)
-    print(f"wrote version {number} of job {settings.job} to {out}: {image.data.size:,} bytes, sha256 {image.sha256[:12]}")
+    print(
+        f"wrote version {number} of job {settings.job} to {out}: {image.data.size:,} bytes, sha256 {image.sha256[:12]}"
+    )
 
 
 def _versions(store: RedisStore, job: str) -> list[int]:

@@ -22,7 +22,8 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</
  .card b {{ display: block; font-size: 1.55rem; font-variant-numeric: tabular-nums }} .card span {{ color: #616e7c }}
  img {{ width: 100%; height: auto }}
  table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }}
- td, th {{ text-align: left; padding: .35rem .6rem; border-bottom: 1px solid {grid} }} td.n, th.n {{ text-align: right }}
+ td, th {{ text-align: left; padding: .35rem .6rem; border-bottom: 1px solid {grid} }}
+ td.n, th.n {{ text-align: right }}
  .bar {{ background: {blue}; height: .7rem; border-radius: 3px; display: inline-block; vertical-align: middle }}
 </style>
 <h1>{title}</h1><p class="sub">{last_line}</p>
@@ -74,7 +75,7 @@ def curves(history: History) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 11, "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID,
         "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.axisbelow": True,
@@ -87,7 +88,9 @@ def curves(history: History) -> bytes:
         accuracy.set(title="Accuracy on held-out data", xlabel="updates applied", ylim=(0, 1.02))
         final = rows[-1].accuracy
         accuracy.axhline(final, color=_BLUE, linewidth=0.8, linestyle=":")
-        accuracy.annotate(f"{final:.3f}", (updates[-1], final), (-4, -16), textcoords="offset points", ha="right", color=_BLUE)
+        accuracy.annotate(
+            f"{final:.3f}", (updates[-1], final), (-4, -16), textcoords="offset points", ha="right", color=_BLUE
+        )
         loss.plot(updates, [row.loss for row in rows], color=_ORANGE, linewidth=2)
         loss.set(title="Loss on held-out data", xlabel="updates applied", yscale="log")
         counts = Counter(history.staleness)

@@ -42,7 +42,9 @@ def find_program(name: str) -> str:
     # Debian's /usr/sbin/rabbitmq-server is a wrapper that changes user and folder: the real script comes first.
     path = shutil.which(name, path=f"{_PLACES}:{os.environ.get('PATH', '')}")
     if path is None:
-        raise SettingsError(f"{name} is not installed: run `make servers`, or install the packages of RabbitMQ and Redis")
+        raise SettingsError(
+            f"{name} is not installed: run `make servers`, or install the packages of RabbitMQ and Redis"
+        )
     return path
 
 
@@ -111,7 +113,16 @@ def private_redis(folder: Path, options: dict[str, str] | None = None) -> Privat
     arguments = [
         part for name, value in (REDIS_OPTIONS | (options or {})).items() for part in (f"--{name}", value)
     ]  # fmt: skip
-    command = [find_program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), *arguments]
+    command = [
+        find_program("redis-server"),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        str(folder),
+        *arguments,
+    ]
     return PrivateServer("redis", f"redis://127.0.0.1:{port}/0", port, folder, command)
 
 
@@ -121,7 +132,8 @@ def private_rabbitmq(folder: Path, settings: str = "") -> PrivateServer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rabbitmq.conf").write_text(
         f"listeners.tcp.1 = 127.0.0.1:{port}\ndefault_vhost = {VHOST}\ndefault_user = fedmq\ndefault_pass = fedmq\n"
-        f"disk_free_limit.absolute = 50MB\nlog.console = true\nlog.console.level = warning\nlog.file = false\n{settings}"
+        f"disk_free_limit.absolute = 50MB\nlog.console = true\nlog.console.level = warning\n"
+        f"log.file = false\n{settings}"
     )
     (folder / "enabled_plugins").write_text("[].")
     environment = {

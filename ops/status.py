@@ -38,7 +38,8 @@ def show(settings: Settings) -> None:
 
 
 def _lines(
-    job: str, head: Head, facts: dict[str, Any], depths: dict[str, int] | str, evaluated: int, metrics: dict[str, float],
+    job: str, head: Head, facts: dict[str, Any], depths: dict[str, int] | str, evaluated: int,
+    metrics: dict[str, float],
     now: float,
 ) -> list[tuple[str, str]]:  # fmt: skip
     spec, totals = facts["job"], facts["state"].get("totals", {})
@@ -62,7 +63,7 @@ def _lines(
     ]
 
 
-def why(
+def why(  # noqa: PLR0911 - one answer per situation
     spec: dict[str, Any], head: Head, buffered: int, depths: dict[str, int] | str, active: list[str],
     seen: list[tuple[str, Any]], now: float,
 ) -> str:  # fmt: skip

@@ -44,7 +44,8 @@ def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[
         declaration = f"{option}/--no-{field.replace('_', '-')}" if is_bool else option
         default = "" if info.default_factory or info.default is None else f" [default: {info.default}]"
         hint = typer.Option(declaration, help=f"{info.description}{default}", show_default=False)
-        annotation = Annotated[bool | None if is_bool else str | None, hint]
+        kind_of: Any = bool | None if is_bool else str | None
+        annotation = Annotated[kind_of, hint]
         parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -92,7 +93,7 @@ def stop_on_signals(stop: threading.Event) -> None:
         signal.signal(number, handle)
 
 
-def wait_for_servers(attempt: Callable[[], None], wait_s: float, stop: threading.Event) -> None:
+def wait_for_servers(attempt: Callable[[], object], wait_s: float, stop: threading.Event) -> None:
     """Call `attempt` until it no longer raises `Unavailable`, for `wait_s` seconds.
 
     Raises:

@@ -88,7 +88,9 @@ class Layout:
             elif dtype in KEPT_BYTES:
                 kept.append((name, tuple(shape), dtype))
             else:
-                raise SettingsError(f"tensor {name!r} is {dtype}: FedMQ averages floats and keeps integers and booleans")
+                raise SettingsError(
+                    f"tensor {name!r} is {dtype}: FedMQ averages floats and keeps integers and booleans"
+                )
         if not 0 < offset <= NUM_PARAMS_MAX:
             raise SettingsError(f"the model has {offset} floating-point parameters; 1 to {NUM_PARAMS_MAX} are needed")
         kept_specs: list[TensorSpec] = []

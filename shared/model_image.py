@@ -111,12 +111,12 @@ class ModelImage:
     @property
     def sha256(self) -> str:
         """Hash of the file, in hex."""
-        return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha256(self.data.data).hexdigest()
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file in pieces of at most 64 MiB; views, not copies."""
         for start in range(0, self.data.size, CHUNK_BYTES):
-            yield memoryview(self.data[start : start + CHUNK_BYTES])
+            yield self.data[start : start + CHUNK_BYTES].data
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """Return name -> array: views, floats as float32, kept tensors in their own type."""
@@ -128,7 +128,7 @@ class ModelImage:
     def save(self, path: Path) -> None:
         """Write the safetensors file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.data)
+        path.write_bytes(self.data.data)
 
     def _kept_slice(self, spec: TensorSpec) -> npt.NDArray[np.uint8]:
         shift = 0 if spec.offset < self._wide else 4 * self.layout.num_params

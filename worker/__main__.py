@@ -32,7 +32,7 @@ def run(settings: WorkerSettings) -> None:
     folder = settings.state_dir.expanduser() / settings.job / settings.client_id
     outbox = Outbox(folder, settings.client_id, settings.outbox_updates_max, settings.outbox_bytes_max)
     store = RedisStore(settings.store_url, settings.job)
-    wait_for_servers(lambda: store.head() and None, settings.wait_s, stop)
+    wait_for_servers(store.head, settings.wait_s, stop)
     sink = RabbitSink(settings.broker_url, settings.client_id)
     stop_serving = serve(
         metrics.registry, settings.metrics_port, lambda: None if sink.link.ready.is_set() else str(sink.link.problem)
@@ -44,7 +44,9 @@ def run(settings: WorkerSettings) -> None:
         )  # fmt: skip
         worker = Worker(settings, task, store, outbox, publisher, clock, metrics)
         worker.stop = stop
-        log.info("worker %s of job %s, task %s, %d updates waiting", settings.client_id, settings.job, task.name, len(outbox))
+        log.info(
+            "worker %s of job %s, task %s, %d updates waiting", settings.client_id, settings.job, task.name, len(outbox)
+        )
         worker.run()
         log.info("stopped after %d updates, %d still in the outbox", worker.updates_made, len(outbox))
     finally:

@@ -56,9 +56,11 @@ def local_sgd(
     model.train()
     steps, loss_sum = 0, 0.0
     for _ in range(epochs):
-        for batch in torch.randperm(len(inputs), generator=generator).split(batch_size):
+        order = torch.randperm(len(inputs), generator=generator)
+        for first in range(0, len(inputs), batch_size):
             if stopping() and steps:
                 break
+            batch = order[first : first + batch_size]
             optimizer.zero_grad()
             value = criterion(model(inputs[batch]), targets[batch])
             value.backward()

@@ -1,6 +1,6 @@
 """The worker's loop.
 
-    pull -> train -> delta -> compress -> encode -> outbox        (publishing: see publisher.py)
+pull -> train -> delta -> compress -> encode -> outbox        (publishing: see publisher.py)
 """
 
 import logging
@@ -187,8 +187,8 @@ class Worker:
         if size > limit:
             raise SettingsError(
                 f"an update of {theirs.num_params} parameters as {self._job['codec']} may take {size} bytes, the job's "
-                f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise FEDMQ_UPDATE_BYTES_MAX "
-                "(and max_message_size of RabbitMQ)"
+                f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise "
+                "FEDMQ_UPDATE_BYTES_MAX (and max_message_size of RabbitMQ)"
             )
 
     def _context(self) -> Context:

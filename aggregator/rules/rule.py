@@ -11,9 +11,17 @@ from shared.vector import Vector
 class Rule(Protocol):
     """Pure arithmetic: no clock, no I/O; only the vectors of the state are changed in place."""
 
-    name: str
-    arrays: tuple[str, ...]  # model-size vectors it keeps in `State.arrays`, zero at first
-    needs_base: bool  # whether `fold` wants the weights the worker started from
+    @property
+    def name(self) -> str:
+        """Its name in the registry."""
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Model-size vectors it keeps in `State.arrays`, zero at first."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether `fold` wants the weights the worker started from."""
 
     def fold(
         self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None

@@ -63,11 +63,23 @@ def drain(num_params: int, repeats: int, servers: PrivateServers, folder: Path) 
         transport = _rate(servers, body, count, _transport_only(servers))
         rate, peak, idle = _aggregator_rate(servers, body, count, num_params, folder)
         rounds.append((publish, rate, pika_rate, transport, peak, idle))
-        _say(f"{num_params:>10,}  {index + 1}: aggregator {rate:7.1f}/s, pika {pika_rate:7.1f}/s, transport {transport:7.1f}/s")
+        _say(
+            f"{num_params:>10,}  {index + 1}: aggregator {rate:7.1f}/s, pika {pika_rate:7.1f}/s, "
+            f"transport {transport:7.1f}/s"
+        )
     publish, rate, pika_rate, transport, peak, idle = (statistics.median(c) for c in zip(*rounds, strict=True))
     ratio = statistics.median(row[1] / row[2] for row in rounds)
     return Drain(
-        num_params, count, len(body), publish, rate, pika_rate, transport, ratio, int(max(r[4] for r in rounds)), int(idle)
+        num_params,
+        count,
+        len(body),
+        publish,
+        rate,
+        pika_rate,
+        transport,
+        ratio,
+        int(max(r[4] for r in rounds)),
+        int(idle),
     )
 
 
@@ -207,7 +219,7 @@ def _wait(condition: Any) -> None:
 
 def _health(port: str) -> str:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
             return str(answer.read())
     except urllib.error.HTTPError as error:
         return str(error.read())

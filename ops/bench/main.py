@@ -39,14 +39,16 @@ def _folds(counts: list[int], repeats: int) -> list[str]:
     lines = [
         "Fold (decode + validate + add into the buffer), one thread, updates/s:",
         "",
-        f"| parameters | int8 | bare `acc += scale*q` | share (>= {FOLD_SHARE:.0%}) | float32 | bare `acc += w*x` | share |",
+        f"| parameters | int8 | bare `acc += scale*q` | share (>= {FOLD_SHARE:.0%}) "
+        "| float32 | bare `acc += w*x` | share |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for count in counts:
         int8, bare8 = fold_rate(count, repeats), bare_int8_rate(count, repeats)
         f32, bare32 = fold_rate(count, repeats, "float32"), bare_float32_rate(count, repeats)
         lines.append(
-            f"| {count:,} | {int8:,.0f} | {bare8:,.0f} | {int8 / bare8:.0%} | {f32:,.0f} | {bare32:,.0f} | {f32 / bare32:.0%} |"
+            f"| {count:,} | {int8:,.0f} | {bare8:,.0f} | {int8 / bare8:.0%} "
+            f"| {f32:,.0f} | {bare32:,.0f} | {f32 / bare32:.0%} |"
         )
     return lines
 
@@ -55,16 +57,16 @@ def _drains(drains: list[Drain]) -> list[str]:
     lines = [
         "End to end, int8: publish -> broker -> fold -> commit -> ack, backlog of one queue, updates/s:",
         "",
-        f"| parameters | message | aggregator | plain pika consumer | share (>= {DRAIN_SHARE:.0%} at 1M) | our transport, ack only "
-        "| best peer | publish + confirm, one worker | peak memory (limit) |",
+        f"| parameters | message | aggregator | plain pika consumer | share (>= {DRAIN_SHARE:.0%} at 1M) "
+        "| our transport, ack only | best peer | publish + confirm, one worker | peak memory (limit) |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for d in drains:
         limit = PEAK_MODELS * 4 * d.num_params + PEAK_BYTES
         lines.append(
-            f"| {d.num_params:,} | {d.message_bytes / 1e6:.2f} MB | {d.aggregator:,.0f} | {d.bare_pika:,.0f} | {d.ratio:.0%} "
-            f"| {d.bare_transport:,.0f} | {PEERS.get(d.num_params, float('nan')):,.1f} | {d.publish:,.0f} "
-            f"| {d.peak_bytes / 1e6:.0f} MB ({limit / 1e6:.0f} MB) |"
+            f"| {d.num_params:,} | {d.message_bytes / 1e6:.2f} MB | {d.aggregator:,.0f} | {d.bare_pika:,.0f} "
+            f"| {d.ratio:.0%} | {d.bare_transport:,.0f} | {PEERS.get(d.num_params, float('nan')):,.1f} "
+            f"| {d.publish:,.0f} | {d.peak_bytes / 1e6:.0f} MB ({limit / 1e6:.0f} MB) |"
         )
     idle = max(d.idle_bytes for d in drains)
     return [*lines, "", f"Aggregator before any model: {idle / 1e6:.0f} MB resident (limit {IDLE_BYTES / 1e6:.0f} MB)."]

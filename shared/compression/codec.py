@@ -34,7 +34,9 @@ class Codec(Protocol):
     `RejectedUpdate` and nothing else.
     """
 
-    name: str  # its canonical string, as it stands in the message
+    @property
+    def name(self) -> str:
+        """Its canonical string, as it stands in the message."""
 
     def payload_bytes(self, num_params: int) -> int:
         """Return the exact payload size, or its upper bound where the codec is not of fixed size."""

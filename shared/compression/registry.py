@@ -38,7 +38,8 @@ def parse(name: str) -> Codec:
     quantizer = QUANTIZERS.get(stages[0])
     if len(name) > NAME_CHARS_MAX or quantizer is None or any(stage not in WRAPPERS for stage in stages[1:]):
         raise SettingsError(
-            f"unknown codec {name[:NAME_CHARS_MAX]!r}: choose one of {', '.join(QUANTIZERS)}, alone or followed by | zstd"
+            f"unknown codec {name[:NAME_CHARS_MAX]!r}: choose one of {', '.join(QUANTIZERS)}, "
+            "alone or followed by | zstd"
         )
     if len(stages) > 2:
         raise SettingsError(f"codec {name!r} compresses twice: one zstd is enough")

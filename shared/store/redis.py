@@ -2,10 +2,10 @@
 
 Keys of a job, all in one hash slot (public contract, version 1, except those marked *):
 
-    fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at *token
+    fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at token*
     fedmq:{<job>}:layout             string  JSON: the tensors in flat order; its sha256 is the layout hash
     fedmq:{<job>}:model:<v>:<chunk>  string  version v's safetensors file, cut at 64 MiB; never changes
-    fedmq:{<job>}:meta:<v>           hash    revision sha256 chunks created_at updates staleness_mean evaluation:<metric>
+    fedmq:{<job>}:meta:<v>           hash    sha256 chunks created_at revision updates staleness_mean evaluation:<metric>
     fedmq:{<job>}:versions           zset    versions whose weights are stored, scored by themselves
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
     fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)
@@ -23,7 +23,6 @@ last. The answer is taken as a success only when it is durable (`appendfsync alw
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import uuid
@@ -215,7 +214,9 @@ class RedisStore:
             commands.append(["ZADD", self._key("applied"), *members[start : start + SCRIPT_ARGS_MAX]])
         commands.append(["ZREMRANGEBYSCORE", self._key("applied"), "-inf", f"({commit.applied_floor}"])
         entry = ["revision", head["revision"], "version", commit.version, "updates", commit.ledger]
-        commands.append(["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, f"{head['revision']}-0", *entry])
+        commands.append(
+            ["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, f"{head['revision']}-0", *entry]
+        )
         for client, text in commit.clients.items():
             commands.append(["HSET", self._key("clients"), client, text])
         for version in commit.dropped_versions:
@@ -393,7 +394,11 @@ def _translated(url: str) -> Iterator[None]:
     """Translate redis-py's errors once."""
     try:
         yield
-    except (redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError) as error:
+    except (
+        redis.AuthenticationError,
+        redis.exceptions.AuthorizationError,
+        redis.exceptions.NoPermissionError,
+    ) as error:
         raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
     except (redis.RedisError, OSError) as error:
         if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
@@ -405,7 +410,7 @@ def _cut(array: Vector) -> Iterator[memoryview]:
     """Yield an array's bytes in pieces of at most 64 MiB; views, not copies."""
     step = CHUNK_BYTES // 4
     for start in range(0, array.size, step):
-        yield memoryview(array[start : start + step]).cast("B")
+        yield array[start : start + step].view(np.uint8).data
 
 
 def _flat(fields: Mapping[str, Any]) -> list[Any]:

@@ -53,7 +53,7 @@ class InProcessSink:
     def __init__(self, broker: InProcessBroker) -> None:
         self._broker = broker
 
-    def publish(self, message: Outgoing, timeout_s: float) -> None:  # noqa: ARG002 - never waits
+    def publish(self, message: Outgoing, timeout_s: float) -> None:
         """Append to the job's queue."""
         broker = self._broker
         with broker._changed:

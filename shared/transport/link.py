@@ -144,12 +144,14 @@ class Link:
                 wait=wait_random_exponential(multiplier=0.25, max=BACKOFF_S_MAX),
                 sleep=sleep_using_event(self._closing),
                 stop=stop_when_event_set(self._closing),
-                before_sleep=lambda state: log.warning("%s; trying again in %.1f s", self.problem, state.next_action.sleep)  # type: ignore[union-attr]
-                if state.next_action else None,
+                before_sleep=self._say_when_again,
                 retry_error_callback=lambda _state: None,
             )  # fmt: skip
             retrying(self._connect_and_serve)
             self._closing.wait(random.uniform(0.05, 0.5))  # noqa: S311 - spreads a fleet that lost its broker
+
+    def _say_when_again(self, state: Any) -> None:
+        log.warning("%s; trying again in %.1f s", self.problem, state.next_action.sleep)
 
     def _connect_and_serve(self) -> None:
         """Serve one connection until it ends; raise if it never became ready."""

@@ -167,8 +167,8 @@ class RabbitSource:
     def _prepare(self, channel: Channel) -> list[Step]:
         self._channel = channel
         updates, dead, binding = queue(self._job), dead_queue(self._job), routing_key(self._job, "*")
-        quorum = {"x-queue-type": "quorum"}
-        served = {"x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE}
+        quorum: dict[str, Any] = {"x-queue-type": "quorum"}
+        served: dict[str, Any] = {"x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE}
         major = self.link.server_version().split(".")[0]
         if major.isdigit() and int(major) >= 4:  # 4.0 drops after 20 returns: restarts must not burn good updates
             served["x-delivery-limit"] = -1

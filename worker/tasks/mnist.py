@@ -56,7 +56,9 @@ def _idx(name: str) -> npt.NDArray[np.uint8]:
     """Read one IDX file of unsigned bytes."""
     data = os.environ.get("FEDMQ_DATA")
     if not data:
-        raise SettingsError("the mnist task reads its files from $FEDMQ_DATA/mnist: set FEDMQ_DATA to that folder's parent")
+        raise SettingsError(
+            "the mnist task reads its files from $FEDMQ_DATA/mnist: set FEDMQ_DATA to that folder's parent"
+        )
     path = Path(data) / "mnist" / f"{name}.gz"
     try:
         raw = gzip.decompress(path.read_bytes())
