@@ -67,7 +67,8 @@ class Aggregator:
         self._account = Account()
         self._bases: OrderedDict[int, Vector] = OrderedDict()
         self._token = ""
-        self._retry_s, self._retry_at = RETRY_S[0], 0.0
+        self._in_doubt = False  # a commit was not answered: it may have happened
+        self._retry_s = RETRY_S[0]
         self._pending_since = self._committed_at = self.stepped_at = clock.monotonic()
         self._advanced = False
         self.problem: str | None = None
@@ -78,9 +79,12 @@ class Aggregator:
         """Receive a delivery, settle it, commit if due; tell whether there was work.
 
         Raises:
-            StoreUnavailable: nothing is lost; call again.
+            StoreUnavailable: nothing is lost; call again, and the same is tried again.
         """
         self.stepped_at = self._clock.monotonic()
+        if self._in_doubt:  # the same commit again, before anything else is folded that would not be in it
+            self._commit()
+            return True
         if self._held is None:
             self._held = next(iter(self._source.receive(1, self._wait_s())), None)
         worked = self._held is not None
@@ -98,18 +102,18 @@ class Aggregator:
         while not self.stop.is_set():
             try:
                 self.step()
-                self.problem = None
+                self.problem, self._retry_s = None, RETRY_S[0]
             except Unavailable as error:
                 self.problem = str(error)
                 log.warning("%s; going on when it answers", error)
-                self._clock.wait(self.stop, self._next_retry_s())
+                self._clock.wait(self.stop, self._retry_s)
+                self._retry_s = min(RETRY_S[1], 2 * self._retry_s)
         self.finish()
 
     def finish(self) -> None:
         """Commit what is open, once; what cannot be committed now will be delivered again."""
         try:
             if self._account.entries:
-                self._retry_at = 0.0
                 self._commit()
         except Unavailable as error:
             log.warning("%s; the uncommitted updates stay in the queue", error)
@@ -125,6 +129,9 @@ class Aggregator:
                 update, delta = admit(delivery, self._admission, self.state.committed_version)
                 outcome, staleness, weight = self._apply(update, delta)
         except RejectedUpdate as error:
+            if error.reason is Reason.BASE_VERSION and self._rival_committed():
+                self._reload()
+                return
             log.warning("rejected an update of %s: %s", delivery.client, error)
             self._source.reject(delivery, error.reason, error.detail)
             self._account.reject(delivery, error, self.state.version, now)
@@ -168,7 +175,7 @@ class Aggregator:
         when an accepted update has waited long enough; when the prefetch window runs full.
         """
         now = self._clock.monotonic()
-        if now < self._retry_at or not self._account.entries:
+        if not self._account.entries:
             return False
         held = len(self._account.entries)
         fresh = self._advanced and not self.state.buffer
@@ -187,7 +194,7 @@ class Aggregator:
         due = self._pending_since + self.settings.commit_age_max_s
         if self._advanced:
             due = min(due, self._committed_at + self.settings.commit_interval_s * (2 if self.state.buffer else 1))
-        return min(self._poll_s, max(0.0, max(due, self._retry_at) - self._clock.monotonic()))
+        return min(self._poll_s, max(0.0, due - self._clock.monotonic()))
 
     def _commit(self) -> None:
         """Make everything since the last commit durable in one step, then ack it."""
@@ -219,12 +226,9 @@ class Aggregator:
             log.warning("another aggregator committed (%s): reloading", error)
             self._reload()
             return
-        except Unavailable as error:
-            state.totals = before
-            self._retry_at = self._clock.monotonic() + self._next_retry_s()
-            self.problem = str(error)
-            log.warning("commit failed: %s; folding on, trying again", error)
-            return
+        except Unavailable:
+            state.totals, self._in_doubt = before, True
+            raise
         self._source.ack(self._pending)
         self._committed(moved, dropped)
 
@@ -239,10 +243,11 @@ class Aggregator:
         self.metrics.version.set(state.version)
         self.metrics.buffered.set(len(state.buffer))
         self._forget_pending()
-        self._committed_at, self._retry_s, self.problem = self._clock.monotonic(), RETRY_S[0], None
+        self._committed_at = self._clock.monotonic()
 
     def _forget_pending(self) -> None:
-        self._pending, self._account, self._token, self._advanced = [], Account(), "", False
+        self._pending, self._account, self._token = [], Account(), ""
+        self._advanced = self._in_doubt = False
 
     def _catch_up(self, reload: bool) -> None:
         """Notice that another aggregator has committed; a standby that takes over starts with a reload.
@@ -257,6 +262,11 @@ class Aggregator:
         if reload and head.revision != self.state.revision:
             log.info("taking over at revision %d, version %d", head.revision, head.version)
             self.state = self._adopt(self._load())
+
+    def _rival_committed(self) -> bool:
+        """Tell whether the store has moved on without us: then an unknown base_version may be a rival's."""
+        head = self._store.head()
+        return head is not None and head.revision != self.state.revision
 
     def _reload(self) -> None:
         """Go back to what is stored and have the rest delivered again."""
@@ -296,10 +306,6 @@ class Aggregator:
         return [
             v for v in state.versions if v not in newest and not (self._rule.needs_base and v >= self._floor())
         ]  # fmt: skip
-
-    def _next_retry_s(self) -> float:
-        wait_s, self._retry_s = self._retry_s, min(RETRY_S[1], 2 * self._retry_s)
-        return wait_s
 
     def describe(self) -> dict[str, Any]:
         """Return what a worker needs to know of the job."""

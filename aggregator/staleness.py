@@ -3,8 +3,9 @@
 tau = version at apply - base_version, counted before the version moves: a fresh update has tau = 0 and s(0) = 1.
 """
 
-import re
 from collections.abc import Callable
+
+from shared.config import STALENESS
 
 StalenessWeight = Callable[[int], float]
 
@@ -63,11 +64,7 @@ def hinge(staleness: int, slope: float, threshold: float) -> float:
     return 1.0 if staleness <= threshold else 1.0 / (slope * (staleness - threshold) + 1.0)
 
 
-_FORMS: dict[str, tuple[Callable[..., float], int]] = {
-    "constant": (constant, 0),
-    "polynomial": (polynomial, 1),
-    "hinge": (hinge, 2),
-}
+FUNCTIONS: dict[str, Callable[..., float]] = {"constant": constant, "polynomial": polynomial, "hinge": hinge}
 
 
 def parse_staleness(text: str) -> StalenessWeight:
@@ -76,14 +73,8 @@ def parse_staleness(text: str) -> StalenessWeight:
     Raises:
         ValueError: anything else, or parameters out of range.
     """
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^)]*)\))?\s*", text)
-    name, arguments = (match[1], match[2] or "") if match else ("", "")
-    try:
-        function, count = _FORMS[name]
-        numbers = [float(part) for part in arguments.split(",") if part.strip()]
-        if len(numbers) != count:
-            raise ValueError
-        function(0, *numbers)
-    except (KeyError, ValueError) as error:
-        raise ValueError("must be constant, polynomial(a) or hinge(a,b) with numbers >= 0") from error
+    if not STALENESS.fullmatch(text):
+        raise ValueError(f"{text!r}: must be constant, polynomial(a) or hinge(a,b) with numbers >= 0")
+    name, _, arguments = text.rstrip(")").partition("(")
+    function, numbers = FUNCTIONS[name], [float(part) for part in arguments.split(",") if part]
     return lambda staleness: function(staleness, *numbers)

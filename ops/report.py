@@ -71,6 +71,7 @@ def save(history: History, folder: Path, title: str, settings: dict[str, Any]) -
 def curves(history: History) -> bytes:
     """Draw four panels - accuracy, loss, staleness, bytes - as a PNG."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -100,6 +101,7 @@ def curves(history: History) -> bytes:
         highest = max(counts.values(), default=1)
         staleness.annotate(f"mean {mean:.2f}", (mean, 1.04 * highest), (6, 0), textcoords="offset points")
         staleness.set_ylim(0, 1.15 * highest)
+        staleness.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         staleness.set(title="Staleness of the updates", xlabel="versions behind", ylabel="updates")
         full = [4 * history.num_params * row.updates / 1e6 for row in rows]
         sent.plot(updates, full, color="#9aa5b1", linewidth=2, label="as float32")

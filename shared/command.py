@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from shared.config import Settings, load
-from shared.errors import FedMQError, PublishRefused, SettingsError, Unavailable
+from shared.errors import FedMQError, SettingsError, TaskError, Unavailable
 
 DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -69,7 +70,11 @@ def exit_codes() -> Iterator[None]:
         _leave(str(error), USAGE)
     except Unavailable as error:
         _leave(str(error), UNREACHABLE)
-    except (FedMQError, PublishRefused) as error:
+    except TaskError as error:
+        if error.__cause__ is not None:  # the user's own code: they need the line
+            traceback.print_exception(error.__cause__)
+        _leave(str(error), FAILED)
+    except FedMQError as error:
         _leave(str(error), FAILED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
@@ -108,11 +113,17 @@ def wait_for_servers(attempt: Callable[[], object], wait_s: float, stop: threadi
         wait_random_exponential,
     )
 
-    Retrying(
+    retrying = Retrying(
         retry=retry_if_exception_type(Unavailable),
         stop=stop_after_delay(wait_s) | stop_when_event_set(stop),
         wait=wait_random_exponential(multiplier=0.2, max=5),
         sleep=sleep_using_event(stop),
         before_sleep=lambda state: log.warning("%s; waiting", state.outcome and state.outcome.exception()),
         reraise=True,
-    )(attempt)
+    )
+    try:
+        retrying(attempt)
+    except Unavailable:
+        if stop.is_set():  # asked to end while waiting
+            raise KeyboardInterrupt from None
+        raise

@@ -10,10 +10,10 @@ import re
 import socket
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from shared.compression import parse
 from shared.errors import SettingsError
@@ -22,7 +22,7 @@ from shared.messages import ID
 PREFIX = "FEDMQ_"
 OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG"}  # read elsewhere: data of the worked tasks; the TOML file itself
 
-_NUMBER = r"\s*[0-9]+(\.[0-9]+)?\s*"
+_NUMBER = r" *[0-9]{1,9}(\.[0-9]{1,9})? *"
 STALENESS = re.compile(rf"constant|polynomial\({_NUMBER}\)|hinge\({_NUMBER},{_NUMBER}\)")  # aggregator/staleness.py
 
 
@@ -87,9 +87,9 @@ class AggregatorSettings(Settings):
     commit_age_max_s: float = Field(30.0, gt=0, description="longest an accepted update waits to be durable, seconds")
     durable: bool = Field(True, description="refuse a Redis that may forget acknowledged writes")
     init_model: Path | None = Field(None, description="start the job from this safetensors file")
-    rule: str = Field("fedbuff", description="fedbuff or fedasync")
+    rule: Literal["fedbuff", "fedasync"] = Field("fedbuff", description="fedbuff or fedasync")
     buffer_size: int = Field(10, ge=1, le=100_000, description="fedbuff: updates averaged into one version")
-    server_lr: float = Field(1.0, gt=0, description="fedbuff: step along the averaged delta")
+    server_lr: float = Field(1.0, gt=0, allow_inf_nan=False, description="fedbuff: step along the averaged delta")
     alpha: float = Field(0.6, gt=0, le=1, description="fedasync: weight of a fresh model")
     staleness: str = Field("polynomial(0.5)", description="constant, polynomial(a) or hinge(a,b)")
     staleness_max: int = Field(100, ge=0, le=100_000, description="refuse updates staler than this, versions")
@@ -110,8 +110,6 @@ class AggregatorSettings(Settings):
     @model_validator(mode="after")
     def _not_contradictory(self) -> Self:
         problems = []
-        if self.rule not in ("fedbuff", "fedasync"):
-            problems.append(f"FEDMQ_RULE={self.rule}: must be fedbuff or fedasync")
         own = {"fedbuff": ("buffer_size", "server_lr", "weight_by_samples"), "fedasync": ("alpha",)}
         for rule, names in own.items():
             given = [f"{PREFIX}{n.upper()}" for n in names if n in self.model_fields_set]
@@ -132,7 +130,9 @@ class WorkerSettings(Settings):
 
     client_id: Identifier = Field(default_factory=_default_client, description="this worker's id; the host's name")
     task: str = Field("", description="file with build() and train(), or a built-in: digits, mnist")
-    task_settings: dict[str, str] = Field(default_factory=dict, description="for the task, as a=1,b=2 or JSON")
+    task_settings: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="for the task, as a=1,b=2 or JSON"
+    )
     state_dir: Path = Field(Path("~/.local/state/fedmq"), description="folder of the outbox")
     outbox_updates_max: int = Field(100, ge=1, description="unconfirmed updates kept before training pauses")
     outbox_bytes_max: int = Field(2**28, ge=2**16, description="the same in bytes")
@@ -151,7 +151,9 @@ class EvaluatorSettings(Settings):
     """The evaluator's settings."""
 
     task: str = Field("", description="file with build() and evaluate(), or a built-in: digits, mnist")
-    task_settings: dict[str, str] = Field(default_factory=dict, description="for the task, as a=1,b=2 or JSON")
+    task_settings: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="for the task, as a=1,b=2 or JSON"
+    )
     poll_s: float = Field(0.5, gt=0, description="how often to look for a newer version, seconds")
 
     @field_validator("task_settings", mode="before")
@@ -222,7 +224,7 @@ def _read_toml() -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
 
 

@@ -74,6 +74,9 @@ class Reason(StrEnum):
     NOT_FINITE = "not_finite"  # NaN, infinity, or values whose squared norm overflows float32
 
 
+DETAIL_CHARS_MAX = 500
+
+
 class RejectedUpdate(FedMQError):  # noqa: N818 - the outcome's name in the contract
     """The message can never be applied.
 
@@ -83,6 +86,7 @@ class RejectedUpdate(FedMQError):  # noqa: N818 - the outcome's name in the cont
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = detail[:DETAIL_CHARS_MAX]  # it may quote what was received
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -19,6 +19,7 @@ FORMAT = 1
 CONTENT_TYPE = "application/vnd.fedmq.update+msgpack"
 ENVELOPE_BYTES_MAX = 64 * 2**10  # everything but the payload
 METRICS_MAX = 64  # numbers a worker may attach
+NAME_CHARS_MAX = 64  # a metric's name
 NUM_SAMPLES_MAX = 10**9
 NUM_STEPS_MAX = 10**9
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -149,7 +150,7 @@ def _numbers(record: Mapping[str, Any], name: str) -> dict[str, float]:
         raise RejectedUpdate(Reason.MALFORMED, f"{name} must be a map of numbers")
     for key, number in value.items():
         plain = isinstance(number, int | float) and not isinstance(number, bool)
-        if not isinstance(key, str) or len(key) > 64 or not plain or not math.isfinite(number):
+        if not isinstance(key, str) or len(key) > NAME_CHARS_MAX or not plain or not math.isfinite(number):
             raise RejectedUpdate(Reason.MALFORMED, f"{name}: {str(key)[:64]!r} must be a finite number")
     return {key: float(number) for key, number in value.items()}
 

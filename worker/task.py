@@ -127,7 +127,9 @@ class Task:
     def _call(self, function: str, *arguments: Any) -> Any:
         try:
             return getattr(self._module, function)(*arguments)
-        except Exception as error:
+        except SettingsError:  # a worked task that misses its data says what to do
+            raise
+        except (Exception, SystemExit) as error:
             raise TaskError(f"{function}() of {self.name} raised {type(error).__name__}: {error}") from error
 
 
@@ -182,7 +184,7 @@ def _line_of(error: BaseException, path: Path) -> str:
     """Say in which line of the task's own file it happened."""
     line, trace = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None, error.__traceback__
     while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == path:
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == path.resolve():
             line = trace.tb_lineno
         trace = trace.tb_next
     return f" (line {line})" if line else ""

@@ -4,6 +4,8 @@ pull -> train -> delta -> compress -> encode -> outbox        (publishing: see p
 """
 
 import logging
+import math
+import operator
 import threading
 import time
 import zlib
@@ -16,7 +18,15 @@ from shared.compression import parse
 from shared.config import WorkerSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
 from shared.layout import difference
-from shared.messages import ENVELOPE_BYTES_MAX, NUM_SAMPLES_MAX, NUM_STEPS_MAX, Update, encode
+from shared.messages import (
+    ENVELOPE_BYTES_MAX,
+    METRICS_MAX,
+    NAME_CHARS_MAX,
+    NUM_SAMPLES_MAX,
+    NUM_STEPS_MAX,
+    Update,
+    encode,
+)
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import Head, ModelStore
@@ -146,6 +156,9 @@ class Worker:
             head = self._store.head()
             if head is not None and (head.version != self._version or head.layout != self._image.layout.hash):
                 self._job = self._store.job()
+                if not self._job:
+                    self._not_started()
+                    return None
                 self._base = self._store.model(head.version)
                 self._metrics.pulled_bytes.inc(self._base.data.size)
                 self._version = head.version
@@ -159,13 +172,16 @@ class Worker:
                 raise
             self._say(f"{error}; training on from version {self._version}")
             return Head(0, self._version, "", "", 0, 0, 0.0)
-        if head is None or not self._job:
-            self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")
-            self._version = -1
+        if head is None:
+            self._not_started()
             return None
         self._said = None
         self._metrics.version.set(self._version)
         return head
+
+    def _not_started(self) -> None:
+        self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")
+        self._version = -1
 
     @property
     def _image(self) -> ModelImage:
@@ -201,21 +217,46 @@ class Worker:
         """Train from the base weights; return the result and the delta (float32 [n])."""
         assert self._base is not None, "pulled before"  # noqa: S101
         write(self._model, self._base)
-        result = self._task.train(self._model, context)
-        if not (0 < result.num_samples <= NUM_SAMPLES_MAX and 0 < result.num_steps <= NUM_STEPS_MAX):
+        # A half-precision model holds the base only as rounded: the delta is relative to what training started from.
+        exact = all(spec.dtype == "float32" for spec in self._base.layout.averaged)
+        start = self._base.weights if exact else read(self._model).weights
+        result = _checked(self._task.train(self._model, context), self._task.name)
+        after = read(self._model)
+        if after.layout != self._base.layout:
             raise TaskError(
-                f"train() of {self._task.name} reports {result.num_samples} samples and {result.num_steps} steps: "
-                "both must be positive"
+                f"train() of {self._task.name} changed the model's tensors: "
+                f"{difference(after.layout, self._base.layout)}"
             )
-        delta = read(self._model).weights
-        delta -= self._base.weights
+        delta = after.weights
+        delta -= start
         if not np.isfinite(squared_norm(delta)):
             raise TaskError(f"train() of {self._task.name} gave weights that are not finite: the update is not sent")
-        finite = {name: value for name, value in result.metrics.items() if np.isfinite(value)}
-        return TrainResult(result.num_samples, result.num_steps, finite), delta
+        return result, delta
 
     def _say(self, message: str) -> None:
         """Log a condition once, not at every turn."""
         if message != self._said:
             log.warning("%s", message)
             self._said = message
+
+
+def _checked(result: TrainResult, task: str) -> TrainResult:
+    """Return a task's result as plain numbers; numbers of numpy or torch are fine, metrics that are not finite go.
+
+    Raises:
+        TaskError: it cannot be sent; the message says why.
+    """
+    try:
+        num_samples, num_steps = operator.index(result.num_samples), operator.index(result.num_steps)
+        metrics = {name: float(value) for name, value in result.metrics.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TaskError(
+            f"train() of {task} must report whole numbers of samples and steps and a dict of numbers: {error}"
+        ) from error
+    if not (0 < num_samples <= NUM_SAMPLES_MAX and 0 < num_steps <= NUM_STEPS_MAX):
+        raise TaskError(f"train() of {task} reports {num_samples} samples and {num_steps} steps: both must be positive")
+    if len(metrics) > METRICS_MAX or not all(isinstance(name, str) and len(name) <= NAME_CHARS_MAX for name in metrics):
+        raise TaskError(
+            f"train() of {task}: at most {METRICS_MAX} metrics, their names up to {NAME_CHARS_MAX} characters"
+        )
+    return TrainResult(num_samples, num_steps, {name: value for name, value in metrics.items() if math.isfinite(value)})

@@ -5,7 +5,7 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at token*
     fedmq:{<job>}:layout             string  JSON: the tensors in flat order; its sha256 is the layout hash
     fedmq:{<job>}:model:<v>:<chunk>  string  version v's safetensors file, cut at 64 MiB; never changes
-    fedmq:{<job>}:meta:<v>           hash    sha256 chunks created_at revision updates staleness_mean evaluation:<metric>
+    fedmq:{<job>}:meta:<v>           hash    sha256 chunks created_at updates staleness_mean evaluation:<metric> ...
     fedmq:{<job>}:versions           zset    versions whose weights are stored, scored by themselves
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
     fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)

@@ -18,6 +18,39 @@ from tests.servers_fixture import servers
 
 __all__ = ["servers"]
 
+# Every training adds 1 to every weight: with equal weights, version v holds v everywhere, however many workers.
+NUMPY_TASK = """
+import sys
+import time
+
+import numpy as np
+
+from worker.task import TrainResult
+
+calls = 0
+
+
+def build():
+    return {"w": np.zeros((4, 3), np.float32), "steps": np.array([7], np.int64)}
+
+
+def train(model, context):
+    global calls
+    calls += 1
+    settings = context.settings
+    if str(calls) in settings.get("raise_at", "").split("-"):
+        raise ValueError("the sensor is gone")
+    time.sleep(float(settings.get("sleep_s", "0.02")))
+    while calls > int(settings.get("trainings", "1000000")) and not context.stopping():
+        time.sleep(0.02)
+    model["w"] += np.nan if str(calls) in settings.get("nan_at", "").split("-") else 1
+    return TrainResult(5, 2, {"loss": 0.5, "torch": float("torch" in sys.modules)})
+
+
+def evaluate(model, context):
+    return {"accuracy": 0.75, "loss": float(model["w"].sum())}
+"""
+
 
 @pytest.fixture
 def job() -> str:
@@ -102,3 +135,11 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
     starter = Processes(tmp_path)
     yield starter
     starter.end()
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """Write a task of plain numpy; return its file."""
+    path = tmp_path / "numpy_task.py"
+    path.write_text(NUMPY_TASK)
+    return path

@@ -214,6 +214,11 @@ def second_aggregator(system):
     return rival, broker
 
 
+def work(aggregator):
+    while aggregator.step():
+        pass
+
+
 def send_to(broker, update):
     broker.sink().publish(Outgoing(JOB, update.client, update.update_id, encode(update)), 1.0)
 
@@ -225,7 +230,7 @@ def test_3_the_loser_reloads_and_folds_again():
     system.drain()  # folded, not committed
     for seed in (1, 2):
         send_to(broker, update_of(weights(seed), update_id=f"b/i/{seed}"))
-    rival.step()
+    work(rival)
     assert system.store.head().version == 1
     system.publish(weights(3), base_version=0)
     system.drain()  # its commit conflicts: it reloads version 1 and folds both again, now staler
@@ -243,7 +248,7 @@ def test_3_the_same_update_at_two_aggregators_counts_once():
     system.drain()  # this one is cut off, and the broker delivers the same update to the other
     send_to(broker, update)
     send_to(broker, update_of(weights(1), update_id="b/i/1"))
-    rival.step()
+    work(rival)
     settle(system)
     assert system.outcomes() == [("a/i/0", "applied"), ("b/i/1", "applied"), ("a/i/0", "duplicate")]
     sum_of(system, 0, 1)
@@ -257,7 +262,7 @@ def test_3_a_conflict_counts_no_outcome_twice():
     system.drain()
     send_to(broker, update_of(weights(1), update_id="b/i/1"))
     send_to(broker, update_of(weights(2), update_id="b/i/2"))
-    rival.step()
+    work(rival)
     system.publish(weights(3), base_version=0)
     system.drain()
     assert system.metrics.updates.labels(JOB, "applied")._value.get() == 2
@@ -272,7 +277,7 @@ def test_3_an_update_trained_from_a_rivals_version_is_not_rejected():
     system.drain()
     for seed in (1, 2):
         send_to(broker, update_of(weights(seed), update_id=f"b/i/{seed}"))
-    rival.step()
+    work(rival)
     assert system.store.head().version == 1
     system.publish(weights(3), base_version=1)
     settle(system)
@@ -322,7 +327,7 @@ def test_updates_that_arrive_while_a_commit_is_in_doubt_are_neither_lost_nor_dou
     system.step()
     for seed in range(1, more + 1):
         system.publish(weights(seed))
-    system.step()
+        system.step()
     system.clock.time_s += 60
     system.drain()
     assert system.unacked == 0
@@ -622,6 +627,23 @@ def peak_bytes(updates, clients, **settings):
 def test_10_neither_queue_length_nor_number_of_workers_moves_the_peak(settings):
     small, large = peak_bytes(32, 1, **settings), peak_bytes(160, 160, **settings)
     assert large < small + PARAMS  # bytes: a quarter of a model
+
+
+def test_10_the_bases_fedasync_holds_do_not_add_up():
+    def peak(updates):
+        system = System(np.zeros(PARAMS, np.float32), rule="fedasync", staleness_max=3, codec="int8", versions_kept=1)
+        update = update_of(weights(0, PARAMS), codec="int8")
+        tracemalloc.start()
+        try:
+            for index in range(updates):
+                system.send(replace(update, update_id=f"a/i/{index}", base_version=index))
+                system.drain()
+            assert system.store.head().version == updates
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(20) < peak(10) + PARAMS
 
 
 # --- the rule of a job --------------------------------------------------------------------------------------

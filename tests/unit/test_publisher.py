@@ -26,6 +26,16 @@ class ScriptedSink:
             raise error
 
 
+class Stop(threading.Event):
+    """Ends a loop that would otherwise go on for ever when it is broken."""
+
+    turns = 0
+
+    def is_set(self):
+        self.turns += 1
+        return super().is_set() or self.turns > 60
+
+
 @pytest.fixture
 def parts(tmp_path):
     """Return a function that builds a publisher over an outbox of two updates."""
@@ -76,7 +86,7 @@ def test_anything_but_a_confirm_keeps_the_update_and_its_id(parts, error, outcom
 @pytest.mark.parametrize(("error", "outcome"), OUTCOMES)
 def test_run_goes_on_after_every_error_and_backs_off(parts, error, outcome):
     publisher, outbox, sink, clock, _ = parts(error, error, error)
-    stop = threading.Event()
+    stop = Stop()
     sink.after = lambda: stop.set() if len(sink.seen) == 5 else None
     publisher.run(stop)
     assert len(outbox) == 0
@@ -87,7 +97,7 @@ def test_run_goes_on_after_every_error_and_backs_off(parts, error, outcome):
 
 def test_the_backoff_is_bounded(parts):
     publisher, _, sink, clock, _ = parts(*[BrokerUnavailable("away")] * 30)
-    stop = threading.Event()
+    stop = Stop()
     times = []
     sink.after = lambda: (times.append(clock.time_s), stop.set() if len(times) == 25 else None)
     publisher.run(stop)

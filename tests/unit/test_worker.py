@@ -101,6 +101,19 @@ def test_a_model_is_pulled_only_when_it_is_newer(tmp_path, system):
     assert [update.base_version for update, _ in sent(device)] == [0, 0, 1, 1]
 
 
+def test_the_base_version_is_the_one_trained_from_not_the_newest(tmp_path, system):
+    def train(model, context):
+        system.publish(np.ones(7, np.float32), update_id="b/i/0", layout=system.store.head().layout)
+        system.drain()
+        return add_one(model, context)
+
+    device = device_of(tmp_path, system, train, build)
+    device.worker.step()
+    assert system.store.head().version == 1
+    [(update, delta)] = sent(device)
+    assert (update.base_version, delta.tolist()) == (0, [1] * 7)
+
+
 def test_a_job_that_started_anew_is_pulled_although_its_version_is_older(tmp_path, system):
     device = device_of(tmp_path, system, add_one, build)
     device.worker.step()

@@ -1,0 +1,1 @@
+"""Whole programs as processes, on real servers."""
