@@ -139,9 +139,11 @@ class Aggregator:
         version = self.state.version
         self._account.settle(update, len(delivery.body), outcome, staleness, weight, version, now)
         self._pending.append(replace(delivery, body=b""))  # a window of bodies would outweigh the model
-        if outcome == APPLIED and self._rule.advance(self.state):
-            self._advanced = True
-            forget_old_ids(self.state, self._floor())
+        if outcome == APPLIED:
+            self.state.buffer_since = self.state.buffer_since or now
+            if self._rule.advance(self.state):
+                self.state.buffer_since, self._advanced = 0.0, True
+                forget_old_ids(self.state, self._floor())
 
     def _apply(self, update: Update, delta: Decoded) -> tuple[str, int, float]:
         """Fold an admitted update unless it is a duplicate or too stale; return outcome, staleness, weight."""

@@ -1,6 +1,7 @@
 """The whole aggregation state, as it is loaded, changed in memory and committed."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -40,6 +41,7 @@ class State:
         model: the weights of `version`.
         arrays: model-size vectors of the rule, e.g. the running sum.
         buffer: contributions since the last version.
+        buffer_since: unix seconds when the oldest of them came; 0 while there is none.
         applied: update_id -> base_version of applied updates within the staleness horizon.
         versions: versions whose weights the store holds, ascending.
         totals: outcome -> number of updates, over the job's whole life.
@@ -51,6 +53,7 @@ class State:
     model: ModelImage
     arrays: dict[str, Vector] = field(default_factory=dict)
     buffer: list[Contribution] = field(default_factory=list)
+    buffer_since: float = 0.0
     applied: dict[str, int] = field(default_factory=dict)
     versions: list[int] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
@@ -63,7 +66,7 @@ class State:
 
 def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
     """Build the state of a stored revision; missing arrays start at zero."""
-    small = msgpack.unpackb(stored.state) if stored.state else {"buffer": [], "totals": {}}
+    small: dict[str, Any] = msgpack.unpackb(stored.state) if stored.state else {"buffer": [], "since": 0.0, "totals": {}}
     arrays = {
         name: stored.arrays.get(name, np.zeros(stored.head.num_params, np.float32)) for name in array_names
     }  # fmt: skip
@@ -74,6 +77,7 @@ def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
         model=stored.model,
         arrays=arrays,
         buffer=[Contribution(*item) for item in small["buffer"]],
+        buffer_since=small["since"],
         applied=stored.applied,
         versions=stored.versions,
         totals=small["totals"],
@@ -89,9 +93,8 @@ def small_part(state: State, rule: str, arrays: tuple[str, ...]) -> bytes:
         arrays: which model-size vectors go with it.
     """
     buffer = [[c.update_id, c.staleness, c.weight, c.mass] for c in state.buffer]
-    packed: bytes = msgpack.packb(
-        {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer, "totals": state.totals}
-    )
+    record = {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer}
+    packed: bytes = msgpack.packb(record | {"since": state.buffer_since, "totals": state.totals})
     return packed
 
 

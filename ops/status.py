@@ -43,7 +43,6 @@ def _lines(
     now: float,
 ) -> list[tuple[str, str]]:  # fmt: skip
     spec, totals = facts["job"], facts["state"].get("totals", {})
-    buffered = len(facts["state"].get("buffer", []))
     seen = sorted(facts["clients"].items(), key=lambda item: -item[1]["seen"])
     active = [name for name, client in seen if now - client["seen"] <= ACTIVE_S]
     recent = [u for entry in facts["ledger"] for u in entry_updates(entry) if u["outcome"] == "applied"][:100]
@@ -59,16 +58,18 @@ def _lines(
         ("staleness", staleness),
         ("workers", f"{len(active)} seen in the last minute, {len(seen)} ever"),
         ("queue", queue),
-        ("", why(spec, head, buffered, depths, active, seen, now)),
+        ("", why(spec, head, facts["state"], depths, active, seen, now)),
     ]
 
 
 def why(  # noqa: PLR0911 - one answer per situation
-    spec: dict[str, Any], head: Head, buffered: int, depths: dict[str, int] | str, active: list[str],
+    spec: dict[str, Any], head: Head, state: dict[str, Any], depths: dict[str, int] | str, active: list[str],
     seen: list[tuple[str, Any]], now: float,
 ) -> str:  # fmt: skip
     """Say in one line what the job waits for, or that it moves."""
-    buffer = f"buffer {buffered}/{spec.get('buffer_size', '?')}"
+    buffered, since = len(state.get("buffer", [])), state.get("since", 0.0)
+    age = f", oldest {_ago(now - since)}" if buffered and since else ""
+    buffer = f"buffer {buffered}/{spec.get('buffer_size', '?')}{age}"
     workers = f"{len(active)} workers seen in the last minute"
     if isinstance(depths, str):
         return f"[red]the broker does not answer: {depths}[/]"

@@ -18,10 +18,11 @@ TARGETS_EXPECTED=$((WORKERS_EXPECTED + 5))  # aggregator, evaluator, rabbitmq tw
 ACCURACY_MIN=0.94
 WAIT_S=300
 worker_kills=0
+log=$(mktemp) no_env=$(mktemp)
 
 say() { printf '\n== [%4d s] %s\n' "$SECONDS" "$*"; }
-compose() { docker-compose "$@"; }
-quietly() { "$@" >/tmp/fedmq-check.log 2>&1 || { cat /tmp/fedmq-check.log >&2; fail "$*"; }; }
+compose() { docker-compose --env-file "$no_env" "$@"; }  # the defaults, whatever stands in .env
+quietly() { "$@" >"$log" 2>&1 || { cat "$log" >&2; fail "$*"; }; }
 
 fail() {
   printf '\n== FAILED: %s\n' "$*" >&2
@@ -34,6 +35,7 @@ cleanup() {
   local code=$?
   say "cleaning up"
   compose down -v --remove-orphans --timeout 10 >/dev/null 2>&1 || true
+  rm -f "$log" "$no_env"
   exit "$code"
 }
 
@@ -126,6 +128,7 @@ compose down -v --remove-orphans --timeout 10 >/dev/null 2>&1 || true
 
 say "build"
 quietly compose build
+
 say "up"
 quietly compose up -d
 image=$(image_of aggregator)

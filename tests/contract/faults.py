@@ -95,13 +95,18 @@ class Proxy:
 
     def close(self) -> None:
         """Take no more connections."""
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port))
+                try:
+                    server = socket.create_connection(("127.0.0.1", self._server_port))
+                except OSError:
+                    client.close()
+                    continue
                 dropping = threading.Event()
                 threading.Thread(target=self._requests, args=(client, server, dropping), daemon=True).start()
                 threading.Thread(target=self._answers, args=(client, server, dropping), daemon=True).start()

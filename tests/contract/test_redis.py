@@ -68,6 +68,11 @@ def answering(store: RedisStore) -> None:
     wait_until(answers)
 
 
+def settled_keys(beyond: InRedis) -> set[str]:
+    """Return the job's keys but for pieces on their way."""
+    return {name for name in beyond.keys("*") if not name.startswith("stage:")}
+
+
 # Durability
 
 
@@ -181,14 +186,14 @@ def test_a_redis_that_stops_in_the_middle_of_a_commit_takes_it_later(
     store, proxy, beyond = proxied
     commit = commit_of(0, 1, image(1), arrays={"sum": array(1)}, applied={"a/i/1": 0}, ledger='[{"id": "a/i/1"}]')
     proxy.cut_request, proxy.cuts_left = b"$%d\r\n%s\r\n" % (len(moment), moment), 100
-    before = {name for name in beyond.keys() if not name.startswith("stage:")}
+    before = settled_keys(beyond)
     with pytest.raises(StoreUnavailable):
         store.commit(commit)
     own.stop()
     with pytest.raises(StoreUnavailable):
         store.commit(commit)
     own.start()
-    assert {name for name in beyond.keys() if not name.startswith("stage:")} == before
+    assert settled_keys(beyond) == before
     proxy.cuts_left = 0
     answering(store)
     store.commit(commit)
@@ -230,9 +235,7 @@ def test_a_frozen_redis_is_unavailable_and_then_goes_on(
     store = RedisStore(own.url, job)
     store.create(image(0), 1.0)
     with frozen(own):
-        for ask in (store.head, store.layout, store.job, lambda: store.commit(commit_of(0, 1, image(1)))):
-            if ask == store.layout:
-                continue  # read once
+        for ask in (store.head, lambda: store.commit(commit_of(0, 1, image(1)))):
             with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{own.port}"):
                 ask()
     answering(store)
@@ -249,7 +252,7 @@ def test_a_full_redis_refuses_a_commit_as_a_whole(own: PrivateServer, job: str) 
     store.create(image(0), 1.0)
     before = beyond.snapshot()
     beyond.plain.config_set("maxmemory", "1mb")
-    with pytest.raises(StoreUnavailable, match="OOM"):
+    with pytest.raises(StoreUnavailable, match="maxmemory"):
         store.commit(commit_of(0, 1, image(1), arrays={"sum": array(1)}))
     beyond.plain.config_set("maxmemory", "0")
     assert {name: kept for name, kept in beyond.snapshot().items() if not name.startswith("stage:")} == before
@@ -300,7 +303,10 @@ def test_a_bad_url_is_a_settings_error_without_the_password(job: str, url: str) 
 
 
 def test_a_missing_or_wrong_password_is_a_settings_error(start: Start, job: str) -> None:
-    server = start(requirepass="right")
+    server = start()
+    plain = redis.Redis.from_url(server.url)
+    plain.config_set("requirepass", "right")
+    plain.close()
     for secret in ("", f":{PASSWORD}@", f"default:{PASSWORD}@", f"nobody:{PASSWORD}@"):
         problem = problem_of(f"redis://{secret}127.0.0.1:{server.port}/0", job)
         assert isinstance(problem, SettingsError)
@@ -327,30 +333,31 @@ def test_a_host_that_drops_packets_is_unavailable(job: str) -> None:
 
 
 def test_a_host_that_says_nothing_is_unavailable(job: str) -> None:
-    with silent_host() as port:
-        store = RedisStore(f"redis://:{PASSWORD}@127.0.0.1:{port}/0", job)
-        started, problems = time.monotonic(), []
+    """TLS to a port without it is the same: a plain Redis waits for the rest of a line."""
+    problems: list[FedMQError] = []
 
-        def check() -> None:
-            try:
-                store.check()
-            except FedMQError as error:
-                problems.append(error)
-
-        checking = threading.Thread(target=check, daemon=True)
-        checking.start()
-        checking.join(10.0)
-        assert problems, f"no answer to a first connection for {time.monotonic() - started:.0f} s"
-        assert isinstance(problems[0], StoreUnavailable)
+    def ask(scheme: str, question: str) -> None:
+        store = RedisStore(f"{scheme}://:{PASSWORD}@127.0.0.1:{port}/0", job)
+        try:
+            getattr(store, question)()
+        except FedMQError as error:
+            problems.append(error)
         store.close()
+
+    questions = [("redis", "check"), ("redis", "head"), ("rediss", "check")]
+    with silent_host() as port:
+        asking = [threading.Thread(target=ask, args=question, daemon=True) for question in questions]
+        deadline = time.monotonic() + 10.0
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    assert [type(problem) for problem in problems] == 3 * [StoreUnavailable], "no answer within 10 s"
+    assert not any(PASSWORD in str(problem) for problem in problems)
 
 
 def test_a_server_that_is_no_redis_is_unavailable(servers: PrivateServers, job: str) -> None:
     assert isinstance(problem_of(f"redis://127.0.0.1:{servers.rabbitmq.port}/0", job), StoreUnavailable)
-
-
-def test_tls_to_a_port_without_it_is_unavailable(servers: PrivateServers, job: str) -> None:
-    assert isinstance(problem_of(f"rediss://127.0.0.1:{servers.redis.port}/0", job), StoreUnavailable)
 
 
 @pytest.mark.parametrize("rights", [("+@read",), ("+@read", "+@connection")], ids=["read", "read and connection"])

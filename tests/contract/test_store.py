@@ -316,16 +316,17 @@ def test_a_dropped_version_disappears_and_the_others_stay(store: Store, small_ch
     client.create(image(0), 1.0)
     for version in range(1, 5):
         dropped = [version - 2] if version >= 3 else []
-        client.commit(commit_of(version - 1, version, image(version), dropped_versions=dropped))
+        client.commit(
+            commit_of(version - 1, version, image(version), dropped_versions=dropped, meta={"updates": str(version)})
+        )
     assert loaded(store).versions == [0, 3, 4]
     for version in (1, 2):
         with pytest.raises(VersionGone):
             store.open().model(version)
     for version in (0, 3, 4):
         assert np.all(store.open().model(version).weights == version)
-        assert not store.forgets(version)
-    assert store.forgets(1)
-    assert store.forgets(2)
+    assert [store.forgets(version) for version in range(1, 5)] == [True, True, False, False]
+    assert store.meta(3)["updates"] == "3"
     if isinstance(store, InRedis):
         assert store.keys("model:1:*") == store.keys("model:2:*") == []
 

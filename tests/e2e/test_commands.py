@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from shared.metrics import NAMES
 from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
 from shared.transport.rabbitmq import RabbitSource
-from tests.contract.faults import unreachable_host, wait_until
+from tests.contract.faults import silent_host, unreachable_host, wait_until
 from tests.e2e.conftest import NUMPY_TASK, Processes, clean_environment
 
 FEDMQ = Path(sys.executable).with_name("fedmq")
@@ -40,7 +40,7 @@ class Answer:
     """What a command said."""
 
     command: tuple[str, ...]
-    code: int
+    code: int | None
     out: str
     err: str
 
@@ -61,15 +61,22 @@ class Command:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def answer(self, timeout_s=ANSWER_S_MAX):
-        """Wait for its end."""
+    def finish(self, timeout_s=ANSWER_S_MAX):
+        """Wait for its end; the code is None if that takes too long."""
+        code = None
         try:
             out, err = self.popen.communicate(timeout=timeout_s)
+            code = self.popen.returncode
         except subprocess.TimeoutExpired:
             self.popen.kill()
             out, err = self.popen.communicate()
-            pytest.fail(f"{self.arguments} says nothing within {timeout_s:g} s:\n{out}{err}")
-        return Answer(self.arguments, self.popen.returncode, out, err)
+        return Answer(self.arguments, code, out, err)
+
+    def answer(self, timeout_s=ANSWER_S_MAX):
+        """Wait for its end, which must come in time."""
+        answer = self.finish(timeout_s)
+        assert answer.code is not None, f"not at an end after {timeout_s:g} s: {answer}"
+        return answer
 
 
 @pytest.fixture
@@ -122,14 +129,12 @@ def test_every_problem_of_the_settings_stands_in_one_message(fedmq, tmp_path):
             ["FEDMQ_BUFFER_SIZE, FEDMQ_SERVER_LR belongs to rule fedbuff"],
         ),
         (
-            {"rule": "fedsgd", "commit_interval_s": "60"},
-            [
-                "FEDMQ_RULE=fedsgd: must be fedbuff or fedasync",
-                "FEDMQ_COMMIT_INTERVAL_S=60 exceeds FEDMQ_COMMIT_AGE_MAX_S=30",
-            ],
+            {"alpha": "0.5", "commit_interval_s": "60"},
+            ["FEDMQ_ALPHA belongs to", "FEDMQ_COMMIT_INTERVAL_S=60 exceeds FEDMQ_COMMIT_AGE_MAX_S=30"],
         ),
+        ({"rule": "fedsgd"}, ["FEDMQ_RULE=fedsgd", "'fedbuff' or 'fedasync'"]),
     ],
-    ids=["alpha with fedbuff", "buffer with fedasync", "no such rule"],
+    ids=["alpha with fedbuff", "buffer with fedasync", "two at once", "no such rule"],
 )
 def test_settings_that_contradict_each_other_are_refused(fedmq, variables, parts):
     assert_refused(fedmq("aggregator", **variables), USAGE, *parts)
@@ -236,54 +241,86 @@ def test_a_starting_model_of_another_layout_than_the_jobs_is_refused(fedmq, tmp_
 # --- the servers
 
 
-def test_a_server_that_cannot_be_reached_is_named_at_once(servers, job, task, tmp_path):
-    good_broker, good_store = servers.rabbitmq.url, servers.redis.url
-    with ExitStack() as stack:
-        silent, closed = stack.enter_context(unreachable_host()), free_port()
-        no_broker, no_store = f"amqp://u:hush@127.0.0.1:{closed}/fedmq", f"redis://:hush@127.0.0.1:{closed}/0"
-        commands = [
-            (Command(tmp_path, *arguments, job=job, task=task, state_dir=index, **variables), words)
-            for index, (arguments, variables, words) in enumerate([
-                (["aggregator"], {"broker_url": no_broker, "store_url": good_store}, "cannot reach RabbitMQ at amqp://u:***@"),
-                (["worker"], {"broker_url": no_broker, "store_url": good_store}, "cannot reach RabbitMQ at amqp://u:***@"),
-                (["aggregator"], {"store_url": no_store, "broker_url": good_broker}, "Redis at redis://:***@"),
-                (["worker"], {"store_url": no_store, "broker_url": good_broker}, "Redis at redis://:***@"),
-                (["evaluator"], {"store_url": no_store}, "Redis at redis://:***@"),
-                (["status"], {"store_url": no_store, "broker_url": good_broker}, "Redis at redis://:***@"),
-                (["models", "list"], {"store_url": no_store}, "Redis at redis://:***@"),
-                (["models", "init", str(task)], {"store_url": no_store}, "Redis at redis://:***@"),
-                (["worker"], {"broker_url": f"amqp://127.0.0.1:{silent}", "store_url": good_store}, "RabbitMQ"),
-                (["status"], {"store_url": f"redis://127.0.0.1:{silent}", "broker_url": good_broker}, "Redis"),
-            ])
-        ]  # fmt: skip
-        for command, words in commands:
-            answer = command.answer()
-            assert_refused(answer, UNREACHABLE, words)
-            assert "hush" not in answer.err
+GONE_BROKER, GONE_STORE = "amqp://u:hush@127.0.0.1:{closed}/fedmq", "redis://:hush@127.0.0.1:{closed}/0"
+SILENT_STORE = "redis://:hush@127.0.0.1:{silent}"
+MISTAKES = {  # name -> command, what is wrong, exit code, what it must say
+    "aggregator: no broker": ("aggregator", {"broker_url": GONE_BROKER}, UNREACHABLE, "RabbitMQ at amqp://u:***@"),
+    "worker: no broker": ("worker", {"broker_url": GONE_BROKER}, UNREACHABLE, "cannot reach RabbitMQ at amqp://u:***@"),
+    "worker: broker drops packets": (
+        "worker", {"broker_url": "amqp://127.0.0.1:{dropping}"}, UNREACHABLE, "cannot reach RabbitMQ at amqp://127.0.0.1",
+    ),
+    "worker: broker says nothing": (
+        "worker", {"broker_url": "amqp://127.0.0.1:{silent}"}, UNREACHABLE, "RabbitMQ at amqp://127.0.0.1",
+    ),
+    "aggregator: no store": ("aggregator", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "worker: no store": ("worker", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "evaluator: no store": ("evaluator", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "status: no store": ("status", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "models list: no store": ("models list", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "models init: no store": ("models init {task}", {"store_url": GONE_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "status: store drops packets": (
+        "status", {"store_url": "redis://127.0.0.1:{dropping}"}, UNREACHABLE, "Redis at redis://127.0.0.1",
+    ),
+    "aggregator: store says nothing": ("aggregator", {"store_url": SILENT_STORE}, UNREACHABLE, "Redis at redis://:***@"),
+    "aggregator: wrong login": ("aggregator", {"broker_url": "{wrong_login}"}, USAGE, "refuses this login or password"),
+    "worker: wrong login": ("worker", {"broker_url": "{wrong_login}"}, USAGE, "refuses this login or password"),
+    "worker: no vhost": ("worker", {"broker_url": "{no_vhost}"}, USAGE, "refuses this virtual host"),
+    "aggregator: wrong password": ("aggregator", {"store_url": "{wrong_password}"}, USAGE, "check FEDMQ_STORE_URL"),
+    "evaluator: no password": ("evaluator", {"store_url": "{no_password}"}, USAGE, "check FEDMQ_STORE_URL"),
+    "status: needless password": ("status", {"store_url": "{needless_password}"}, USAGE, "check FEDMQ_STORE_URL"),
+    "aggregator: broker by http": ("aggregator", {"broker_url": "http://u:hush@host"}, USAGE, "FEDMQ_BROKER_URL"),
+    "worker: store by http": ("worker", {"store_url": "http://u:hush@host"}, USAGE, "FEDMQ_STORE_URL"),
+    "doctor: no scheme": ("doctor", {"store_url": "localhost:6379"}, USAGE, "FEDMQ_STORE_URL"),
+    "worker: broker without bracket": ("worker", {"broker_url": "amqp://[::1"}, USAGE, "FEDMQ_BROKER_URL"),
+    "status: store without bracket": ("status", {"store_url": "redis://[::1"}, USAGE, "FEDMQ_STORE_URL"),
+    "status: no such option": ("status", {"store_url": "{store}?colour=red"}, USAGE, "FEDMQ_STORE_URL"),
+}  # fmt: skip
 
 
-def test_a_wrong_login_or_address_is_refused_at_once(servers, job, task, tmp_path, odd_redis):
+@pytest.fixture(scope="module")
+def addresses(servers, odd_redis, tmp_path_factory):
+    """Yield the addresses, right and wrong, that the mistakes below are made of."""
+    task = tmp_path_factory.mktemp("task") / "numpy_task.py"
+    task.write_text(NUMPY_TASK)
     broker, store = servers.rabbitmq.url, servers.redis.url
-    wrong_login, no_vhost = broker.replace("fedmq:fedmq@", "fedmq:hush@"), broker.removesuffix("fedmq") + "elsewhere"
-    wrong_password = odd_redis.url.replace("redis://", "redis://:hush@")
-    commands = [
-        (Command(tmp_path, *arguments, job=job, task=task, state_dir=index, **variables), words)
-        for index, (arguments, variables, words) in enumerate([
-            (["aggregator"], {"broker_url": wrong_login, "store_url": store}, "refuses this login or password"),
-            (["worker"], {"broker_url": wrong_login, "store_url": store}, "refuses this login or password"),
-            (["worker"], {"broker_url": no_vhost, "store_url": store}, "refuses this virtual host"),
-            (["aggregator"], {"broker_url": broker, "store_url": wrong_password}, "check FEDMQ_STORE_URL"),
-            (["evaluator"], {"store_url": odd_redis.url}, "check FEDMQ_STORE_URL"),
-            (["status"], {"store_url": store.replace("redis://", "redis://:hush@")}, "check FEDMQ_STORE_URL"),
-            (["aggregator"], {"broker_url": "http://u:hush@host", "store_url": store}, "FEDMQ_BROKER_URL"),
-            (["worker"], {"broker_url": broker, "store_url": "http://u:hush@host"}, "FEDMQ_STORE_URL"),
-            (["doctor"], {"broker_url": broker, "store_url": "localhost:6379"}, "FEDMQ_STORE_URL"),
-        ])
-    ]  # fmt: skip
-    for command, words in commands:
-        answer = command.answer()
-        assert_refused(answer, USAGE, words)
-        assert "hush" not in answer.err
+    with silent_host() as silent, unreachable_host() as dropping:
+        yield {
+            "broker": broker, "store": store, "task": task,
+            "closed": free_port(), "silent": silent, "dropping": dropping,
+            "wrong_login": broker.replace("fedmq:fedmq@", "fedmq:hush@"), "no_password": odd_redis.url,
+            "no_vhost": broker.removesuffix("fedmq") + "elsewhere",
+            "wrong_password": odd_redis.url.replace("redis://", "redis://:hush@"),
+            "needless_password": store.replace("redis://", "redis://:hush@"),
+            "volatile": odd_redis.url.replace("redis://", "redis://:secret@"),
+        }  # fmt: skip
+
+
+def together(folder, commands, addresses):
+    """Run commands, six at a time: most of them only wait; return name -> answer."""
+
+    def run(name, command, variables):
+        filled = {key: str(value).format_map(addresses) for key, value in variables.items()}
+        arguments = command.format_map(addresses).split()
+        return Command(folder, *arguments, **({"state_dir": folder / name.replace(" ", "-")} | filled)).finish()
+
+    with ThreadPoolExecutor(6) as pool:
+        futures = {name: pool.submit(run, name, *command) for name, command in commands.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+@pytest.fixture(scope="module")
+def mistakes(addresses, tmp_path_factory):
+    """Make every mistake; return name -> answer."""
+    right = {"broker_url": "{broker}", "store_url": "{store}", "task": "{task}", "job": "of-mistakes"}
+    commands = {name: (command, right | wrong) for name, (command, wrong, _, _) in MISTAKES.items()}
+    return together(tmp_path_factory.mktemp("mistakes"), commands, addresses)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_server_that_cannot_be_used_is_named_at_once(mistakes, name):
+    _, _, code, words = MISTAKES[name]
+    assert_refused(mistakes[name], code, words)
+    assert "hush" not in mistakes[name].err
 
 
 @pytest.fixture(scope="module")
@@ -494,48 +531,44 @@ def test_doctor_finds_nothing_wrong_with_a_running_job(fedmq, running):
     assert "one training of 5 samples, 2 steps" in said["task"][1]
 
 
-def test_doctor_says_of_each_wrong_thing_how_to_mend_it(running, servers, job, odd_redis, tmp_path):
-    source = RabbitSource(servers.rabbitmq.url, job, 1)  # a queue that nobody serves
+STORE_CHECKS = ("store", "durability", "clock", "job")
+DIAGNOSES = {  # name -> what is wrong, and what doctor must say of each check that it touches
+    "never started": ({"job": "unknown"}, {"queues": "has no queue yet", "job": "models init TASK --job unknown`"}),
+    "no aggregator": ({"job": "left-alone"}, {"queues": "no aggregator of job 'left-alone' is", "job": "no model"}),
+    "wrong login": ({"broker_url": "{wrong_login}"}, dict.fromkeys(("broker", "queues"), "refuses this login")),
+    "no broker": ({"broker_url": GONE_BROKER}, dict.fromkeys(("broker", "queues"), "cannot reach RabbitMQ")),
+    "no store": ({"store_url": GONE_STORE}, dict.fromkeys(STORE_CHECKS, "Redis at redis://:***@")),
+    "no password": ({"store_url": "{no_password}"}, dict.fromkeys(STORE_CHECKS, "check FEDMQ_STORE_URL")),
+    "forgets": ({"store_url": "{volatile}"}, {"durability": "--appendfsync always", "job": "no model"}),
+    "other task": ({"task": "wide.py"}, {"task": "tensor 'w' is (4, 5) float32 here, (4, 3) float32 in the job"}),
+    "broken task": ({"task": "broken.py"}, {"task": "raised ZeroDivisionError"}),
+    "no task": ({"task": "none.py"}, {"task": "no task 'none.py'"}),
+}
+
+
+@pytest.fixture(scope="module")
+def diagnoses(running, addresses, servers, tmp_path_factory):
+    """Have doctor look at everything that can be wrong; return name -> answer."""
+    folder = tmp_path_factory.mktemp("doctor")
+    source = RabbitSource(servers.rabbitmq.url, "left-alone", 1)  # a queue that nobody serves
     source.link.wait_ready(10)
     source.close()
-    (tmp_path / "wide.py").write_text(NUMPY_TASK.replace("(4, 3)", "(4, 5)"))
-    (tmp_path / "broken.py").write_text(NUMPY_TASK.replace("time.sleep(float", "1 / 0 * (float"))
-    volatile = odd_redis.url.replace("redis://", "redis://:secret@")
-    closed = free_port()
-    wrong_login = servers.rabbitmq.url.replace("fedmq:fedmq@", "fedmq:hush@")
-    commands = [
-        (Command(tmp_path, "doctor", **(running.urls | variables)), wrong)
-        for variables, wrong in [
-            ({"job": "never-seen"}, {"queues": "has no queue yet", "job": "`fedmq models init TASK --job never-seen`"}),
-            ({"job": job}, {"queues": f"no aggregator of job '{job}' is connected; 0 updates wait", "job": "no model"}),
-            ({"broker_url": wrong_login}, {"broker": "refuses this login", "queues": "refuses this login"}),
-            (
-                {"broker_url": f"amqp://127.0.0.1:{closed}"},
-                {"broker": "cannot reach RabbitMQ", "queues": "cannot reach"},
-            ),
-            (
-                {"store_url": f"redis://127.0.0.1:{closed}/0"},
-                dict.fromkeys(("store", "durability", "clock", "job"), "Redis at redis://"),
-            ),
-            ({"store_url": volatile}, {"durability": "--appendfsync always", "job": "no model"}),
-            (
-                {"store_url": odd_redis.url},
-                dict.fromkeys(("store", "durability", "clock", "job"), "check FEDMQ_STORE_URL"),
-            ),
-            ({"task": "wide.py"}, {"task": "tensor 'w' is (4, 5) float32 here, (4, 3) float32 in the job"}),
-            ({"task": "broken.py"}, {"task": "raised ZeroDivisionError"}),
-            ({"task": "none.py"}, {"task": "no task 'none.py'"}),
-        ]
-    ]
-    for command, wrong in commands:
-        answer = command.answer(2 * ANSWER_S_MAX)
-        assert (answer.code, answer.err) == (FAILED, ""), answer
-        said = lines_of(answer)
-        assert {name for name, (word, _) in said.items() if word == "wrong"} == set(wrong), answer
-        for name, part in wrong.items():
-            assert part in said[name][1], answer
-        assert "hush" not in answer.out
-        assert "secret" not in answer.out
+    (folder / "wide.py").write_text(NUMPY_TASK.replace("(4, 3)", "(4, 5)"))
+    (folder / "broken.py").write_text(NUMPY_TASK.replace("time.sleep(float", "1 / 0 * (float"))
+    commands = {name: ("doctor", running.urls | wrong) for name, (wrong, _) in DIAGNOSES.items()}
+    return together(folder, commands, addresses)
+
+
+@pytest.mark.parametrize("name", DIAGNOSES)
+def test_doctor_says_how_to_mend_it(diagnoses, name):
+    answer, expected = diagnoses[name], DIAGNOSES[name][1]
+    assert answer.code == FAILED, answer
+    said = lines_of(answer)
+    assert {check for check, (word, _) in said.items() if word == "wrong"} == set(expected), answer
+    for check, part in expected.items():
+        assert part in said[check][1], answer
+    assert not re.search("hush|secret", answer.out)
+    assert not answer.err
 
 
 # --- models
@@ -640,19 +673,36 @@ def test_init_never_overwrites(fedmq, tmp_path):
     [
         (["--codec", "gzip"], "gzip"),
         (["--updates", "5"], "at least 1, 1, one buffer"),
+        (["--seed", "-1"], "seed"),
         (["--updates", "0"], "at least 1, 1, one buffer"),
         (["--workers", "0"], "at least 1, 1, one buffer"),
         (["--task", "none.py"], "no task 'none.py'"),
-        (["--servers", "--store-url", "redis://127.0.0.1"], "give both --broker-url and --store-url"),
+        (
+            ["--servers", "--task", "numpy_task.py", "--store-url", "redis://127.0.0.1"],
+            "give both --broker-url and --store-url",
+        ),
         (["--task", "numpy_task.py", "--updates", "10", "--out", "numpy_task.py"], "numpy_task.py"),
     ],
-    ids=["codec", "few updates", "no updates", "no workers", "no task", "one url", "out is a file"],
+    ids=["codec", "few updates", "seed", "no updates", "no workers", "no task", "one url", "out is a file"],
 )
 def test_a_demo_that_cannot_run_says_why(fedmq, task, arguments, part):
     answer = fedmq("demo", *arguments)
     assert answer.code == USAGE, answer
     assert "Traceback" not in answer.err
     assert part in answer.err
+
+
+@pytest.mark.parametrize(("library", "arguments"), [("torch", []), ("matplotlib", ["--task", "numpy_task.py"])])
+def test_without_its_libraries_the_demo_says_what_to_install(fedmq, task, library, arguments, monkeypatch):
+    (task.parent / f"{library}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {library}', name='{library}')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(task.parent), prepend=os.pathsep)
+    answer = fedmq("demo", "--updates", "10", *arguments)
+    assert answer.code == USAGE, answer
+    assert "Traceback" not in answer.err
+    assert library in answer.err
+    assert "fedmq[demo]" in answer.err
 
 
 # --- interrupted

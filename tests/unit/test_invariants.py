@@ -2,19 +2,22 @@
 
 import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from aggregator.aggregator import Aggregator
-from shared.config import AggregatorSettings
+from ops.embedded import Embedded
+from shared.config import AggregatorSettings, WorkerSettings
 from shared.errors import SettingsError, StoreUnavailable
 from shared.messages import encode
 from shared.metrics import AggregatorMetrics
 from shared.store.inprocess import InProcessStore
 from shared.transport.inprocess import InProcessBroker
 from shared.transport.ports import Outgoing
-from tests.builders import JOB, FaultyStore, System, WindowedSource, model_of, update_of, weights
+from tests.builders import JOB, FaultyStore, System, WindowedSource, model_of, update_of, weights, work
+from worker.task import Task, TrainResult
 
 
 class CheckedSource:
@@ -214,11 +217,6 @@ def second_aggregator(system):
     return rival, broker
 
 
-def work(aggregator):
-    while aggregator.step():
-        pass
-
-
 def send_to(broker, update):
     broker.sink().publish(Outgoing(JOB, update.client, update.update_id, encode(update)), 1.0)
 
@@ -230,7 +228,7 @@ def test_3_the_loser_reloads_and_folds_again():
     system.drain()  # folded, not committed
     for seed in (1, 2):
         send_to(broker, update_of(weights(seed), update_id=f"b/i/{seed}"))
-    work(rival)
+    work(rival.step)
     assert system.store.head().version == 1
     system.publish(weights(3), base_version=0)
     system.drain()  # its commit conflicts: it reloads version 1 and folds both again, now staler
@@ -248,7 +246,7 @@ def test_3_the_same_update_at_two_aggregators_counts_once():
     system.drain()  # this one is cut off, and the broker delivers the same update to the other
     send_to(broker, update)
     send_to(broker, update_of(weights(1), update_id="b/i/1"))
-    work(rival)
+    work(rival.step)
     settle(system)
     assert system.outcomes() == [("a/i/0", "applied"), ("b/i/1", "applied"), ("a/i/0", "duplicate")]
     sum_of(system, 0, 1)
@@ -262,7 +260,7 @@ def test_3_a_conflict_counts_no_outcome_twice():
     system.drain()
     send_to(broker, update_of(weights(1), update_id="b/i/1"))
     send_to(broker, update_of(weights(2), update_id="b/i/2"))
-    work(rival)
+    work(rival.step)
     system.publish(weights(3), base_version=0)
     system.drain()
     assert system.metrics.updates.labels(JOB, "applied")._value.get() == 2
@@ -277,7 +275,7 @@ def test_3_an_update_trained_from_a_rivals_version_is_not_rejected():
     system.drain()
     for seed in (1, 2):
         send_to(broker, update_of(weights(seed), update_id=f"b/i/{seed}"))
-    work(rival)
+    work(rival.step)
     assert system.store.head().version == 1
     system.publish(weights(3), base_version=1)
     settle(system)
@@ -319,18 +317,19 @@ def test_3_a_commit_moves_the_whole_state_at_once():
 
 @pytest.mark.parametrize("fault", ["before", "after"])
 @pytest.mark.parametrize("more", [0, 1, 3])
-def test_updates_that_arrive_while_a_commit_is_in_doubt_are_neither_lost_nor_doubled(fault, more):
+@pytest.mark.parametrize("base", ["oldest", "newest"])
+def test_updates_that_arrive_while_a_commit_is_in_doubt_are_neither_lost_nor_doubled(fault, more, base):
     """The answer of the first commit is lost; what is folded meanwhile is not in it, so must not be acked with it."""
     system = System(store=FaultyStore(), buffer_size=1, staleness="constant")
     system.store.faults = [fault]
     system.publish(weights(0))
     system.step()
     for seed in range(1, more + 1):
-        system.publish(weights(seed))
+        system.publish(weights(seed), base_version=0 if base == "oldest" else system.store.head().version)
         system.step()
-    system.clock.time_s += 60
-    system.drain()
+    settle(system)
     assert system.unacked == 0
+    assert not system.broker.dead
     assert sorted(applied(system)) == [f"a/i/{seed}" for seed in range(more + 1)]
     assert set(system.store.load().applied) == set(applied(system))
     assert system.store.head().version == more + 1
@@ -362,13 +361,14 @@ def test_totals_do_not_count_failed_commits():
     assert system.metrics.updates.labels(JOB, "applied")._value.get() == 1
 
 
-def test_a_store_that_cannot_be_read_costs_only_time():
+@pytest.mark.parametrize("read", ["head", "model"])
+def test_a_store_that_cannot_be_read_costs_only_time(read):
     system = System(store=FaultyStore(), rule="fedasync", staleness="constant")
     system.publish(weights(0))
-    system.store.reads_fail = True
+    system.store.failing = (read,)
     with pytest.raises(StoreUnavailable):
         system.aggregator.step()
-    system.store.reads_fail = False
+    system.store.failing = ()
     system.drain()
     assert applied(system) == ["a/i/0"]
 
@@ -596,6 +596,32 @@ def test_7_neither_batches_nor_restarts_nor_commits_change_a_bit():
         system.aggregator.finish()
         sha256.add((system.store.head().version, system.store.head().sha256))
     assert len(sha256) == 1
+
+
+def test_7_a_whole_run_repeats_bit_for_bit_with_its_seed():
+    def build():
+        return {"w": np.zeros(300, np.float32)}
+
+    def train(model, context):
+        model["w"] += np.random.default_rng(context.seed).standard_normal(300, np.float32)
+        return TrainResult(1, 1)
+
+    def run_once(seed):
+        task = Task("t", SimpleNamespace(build=build, train=train, evaluate=lambda model, context: {"accuracy": 0.0}))
+        settings = AggregatorSettings(job=JOB, buffer_size=3, codec="int4 | zstd", commit_interval_s=0.5)
+        workers = [WorkerSettings(job=JOB, client_id=f"w{i}", seed=seed) for i in range(4)]
+        system = Embedded(task, settings, workers, [1.0, 1.5, 2.0, 7.0], seed)
+        try:
+            for _ in system.run(updates=40, evaluate_every=5):
+                pass
+            return system.store.head().version, system.model().sha256, max(system.history.staleness)
+        finally:
+            system.close()
+
+    version, sha256, staleness_max = run_once(1)
+    assert (version, staleness_max > 0) == (13, True)
+    assert run_once(1)[1] == sha256
+    assert run_once(2)[1] != sha256
 
 
 # --- 10. memory is O(model) ---------------------------------------------------------------------------------

@@ -277,18 +277,18 @@ def test_without_a_store_training_goes_on_from_the_weights_at_hand(tmp_path):
     system = System(ModelImage.of(START), store=FaultyStore())
     device = device_of(tmp_path, system, add_one, build)
     device.worker.step()
-    system.store.reads_fail = True
+    system.store.failing = ("head", "model", "job")
     assert device.worker.step()
     assert [(u.base_version, d.tolist()) for u, d in sent(device)] == [(0, [1] * 7)] * 2
 
 
 def test_without_a_store_at_the_start_the_step_says_so(tmp_path):
     system = System(ModelImage.of(START), store=FaultyStore())
-    system.store.reads_fail = True
+    system.store.failing = ("head", "model", "job")
     device = device_of(tmp_path, system, add_one, build)
     with pytest.raises(StoreUnavailable):
         device.worker.step()
-    system.store.reads_fail = False
+    system.store.failing = ()
     assert device.worker.step()
 
 
