@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from shared.command import FAILED
+from shared.command import FAILED, log_to_stderr
 from shared.config import WorkerSettings
 from shared.errors import FedMQError, SettingsError
 from shared.layout import difference
@@ -19,6 +19,7 @@ CONNECT_S = 6.0
 
 def examine(settings: WorkerSettings) -> int:
     """Print one line per check; return the exit code."""
+    log_to_stderr("error")  # each finding has its line
     store = RedisStore(settings.store_url, settings.job)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("broker", lambda: _broker(settings)),

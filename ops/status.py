@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shared.command import log_to_stderr
 from shared.config import Settings
 from shared.errors import SettingsError, Unavailable
 from shared.store.ports import Head
@@ -19,6 +20,7 @@ BROKER_S_MAX = 5.0
 
 def show(settings: Settings) -> None:
     """Print the screen."""
+    log_to_stderr("error")  # a screen, not a log
     store = RedisStore(settings.store_url, settings.job)
     head = store.head()
     console = Console()
@@ -48,7 +50,7 @@ def _lines(
     recent = [u for entry in facts["ledger"] for u in entry_updates(entry) if u["outcome"] == "applied"][:100]
     staleness = f"{sum(u['staleness'] for u in recent) / len(recent):.2f} versions on average" if recent else "-"
     evaluation = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + f" (version {evaluated})" if metrics else "-"
-    queue = depths if isinstance(depths, str) else f"{depths['updates']} waiting, {depths['dead']} dead letters"
+    queue = depths if isinstance(depths, str) else _queue(depths)
     return [
         ("job", f"[bold]{job}[/]  {head.num_params:,} parameters"),
         ("version", f"[bold]{head.version}[/]  made {_ago(now - head.created_at)} ago, revision {head.revision}"),
@@ -92,6 +94,12 @@ def entry_updates(entry: dict[str, str]) -> list[dict[str, Any]]:
     """Return the updates of a ledger entry as stored."""
     updates: list[dict[str, Any]] = json.loads(entry["updates"])
     return updates
+
+
+def _queue(depths: dict[str, int]) -> str:
+    if depths["updates"] < 0:
+        return "none yet: no aggregator has started this job"
+    return f"{depths['updates']} waiting, {max(0, depths['dead'])} dead letters"
 
 
 def _ago(seconds: float) -> str:

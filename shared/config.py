@@ -20,7 +20,7 @@ from shared.errors import SettingsError
 from shared.messages import ID
 
 PREFIX = "FEDMQ_"
-OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG"}  # read elsewhere: data of the worked tasks; the TOML file itself
+OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD"}  # the worked tasks' data; the TOML file; compose
 
 _NUMBER = r" *[0-9]{1,9}(\.[0-9]{1,9})? *"
 STALENESS = re.compile(rf"constant|polynomial\({_NUMBER}\)|hinge\({_NUMBER},{_NUMBER}\)")  # aggregator/staleness.py
@@ -178,7 +178,7 @@ def load(kind: type[S], flags: dict[str, Any] | None = None) -> S:
     Raises:
         SettingsError: every problem found, one a line.
     """
-    problems = [_unknown(name, os.environ[name]) for name in os.environ if _is_unknown(name)]
+    problems = [_unknown(name) for name in os.environ if _is_unknown(name)]
     try:
         problems += [f"{_file()}: {_unknown(key)}" for key in _read_toml() if _plain(key) not in KNOWN]
         given = {name: value for name, value in (flags or {}).items() if value is not None}
@@ -236,10 +236,10 @@ def _is_unknown(variable: str) -> bool:
     return variable.startswith(PREFIX) and variable not in OTHER_VARIABLES and _plain(variable) not in KNOWN
 
 
-def _unknown(name: str, value: str | None = None) -> str:
+def _unknown(name: str) -> str:
+    """Say that there is no such setting; its value may be a secret and is not repeated."""
     near = difflib.get_close_matches(_plain(name), KNOWN, 1)
-    shown = name if value is None else f"{name}={value}"
-    return f"{shown}: no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
+    return f"{name}: no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
 
 
 def _readable(item: Any, kind: type[Settings]) -> str:

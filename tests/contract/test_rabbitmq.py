@@ -130,7 +130,7 @@ def test_while_the_broker_is_down_everybody_knows_and_waits(own: PrivateServer, 
     source.reject(held[1], Reason.JOB, "detail")
     source.recover()
     assert source.receive(10, 0.0) == []
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 2.0
     late = RabbitSink(own.url, "late")  # a program started before its broker
     try:
         with pytest.raises(BrokerUnavailable, match="refused"):
@@ -152,7 +152,7 @@ def test_a_frozen_broker_leaves_a_publish_unconfirmed_and_is_noticed(own: Privat
             started = time.monotonic()
             with pytest.raises(PublishUnconfirmed, match="within 1 s"):
                 sink.publish(message(job, 0), 1.0)
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 3.0
             wait_until(lambda: not sink.link.ready.is_set() and not source.link.ready.is_set(), 15.0)
         publish_when_back(sink, message(job, 1))
         assert numbers(receive_until(source, 1))[-1] == 1  # 0 may come once, twice or not: it was never confirmed
@@ -684,7 +684,7 @@ def test_a_connection_on_its_way_is_given_up_at_once(job: str, host: Callable[[]
             sink.link.wait_ready(0.3)
         started = time.monotonic()
         sink.close()
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 3.0
         assert not sink.link._thread.is_alive()
 
 

@@ -234,6 +234,7 @@ def test_a_frozen_redis_is_unavailable_and_then_goes_on(
     monkeypatch.setattr("shared.store.redis.ANSWER_S_MAX", 0.5)
     store = RedisStore(own.url, job)
     store.create(image(0), 1.0)
+    assert store.head() is not None
     with frozen(own):
         for ask in (store.head, lambda: store.commit(commit_of(0, 1, image(1)))):
             with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{own.port}"):

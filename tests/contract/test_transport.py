@@ -142,9 +142,9 @@ def test_receive_waits_for_the_first_delivery_only_as_long_as_told(broker: Broke
     source = broker.source(job)
     started = time.monotonic()
     assert source.receive(10, 0.0) == []
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 1.0
     assert source.receive(10, 0.4) == []
-    assert 0.4 <= time.monotonic() - started < 2.0
+    assert 0.4 <= time.monotonic() - started < 5.0
 
 
 def test_receive_wakes_as_soon_as_a_message_is_there(broker: Broker, job: str) -> None:

@@ -10,12 +10,13 @@ import pytest
 import redis
 import safetensors.numpy
 
+from tests.contract.faults import wait_until as until
 from tests.e2e.clients import RAW_CLIENT, aggregator_of, run_raw_client
 
 PARAMS = {"layer.weight": (7, 5), "layer.bias": (7,)}
 
 
-def test_ten_updates_of_a_foreign_client_make_exactly_the_new_model(servers, job, processes, until, tmp_path):
+def test_ten_updates_of_a_foreign_client_make_exactly_the_new_model(servers, job, processes, tmp_path):
     rng = np.random.default_rng(1)
     start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in PARAMS.items()}
     initial = tmp_path / "v0.safetensors"
@@ -44,7 +45,7 @@ def test_the_client_in_the_readme_is_the_one_that_was_tested():
 
 @pytest.mark.parametrize("body", [b"", b"garbage", b"\x81\xa6format\x01", b"\xc1" * 1000])
 def test_foreign_messages_go_to_the_dead_letters_with_a_reason_and_never_stop_the_loop(
-    servers, job, processes, until, tmp_path, body
+    servers, job, processes, tmp_path, body
 ):
     initial = tmp_path / "v0.safetensors"
     safetensors.numpy.save_file({"w": np.zeros(4, np.float32)}, initial)

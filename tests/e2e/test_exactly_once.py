@@ -24,6 +24,7 @@ from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
 from shared.transport.ports import Outgoing
 from shared.transport.rabbitmq import RabbitSink, RabbitSource
+from tests.contract.faults import wait_until as until
 from tests.e2e.clients import aggregator_of
 
 COUNTING = {
@@ -73,7 +74,7 @@ def applied_ids(store):
     return [u["id"] for entry in store.ledger() for u in entry["updates"] if u["outcome"] == "applied"]
 
 
-def test_kill_9_ten_times_under_load_applies_each_update_exactly_once(servers, job, processes, until, tmp_path):
+def test_kill_9_ten_times_under_load_applies_each_update_exactly_once(servers, job, processes, tmp_path):
     updates = 2500
     model = ModelImage.of({"w": np.zeros(updates, np.float32)})
     initial = tmp_path / "v0.safetensors"
@@ -98,7 +99,7 @@ def test_kill_9_ten_times_under_load_applies_each_update_exactly_once(servers, j
     np.testing.assert_array_equal(store.model(head.version).weights, np.ones(updates, np.float32))
 
 
-def test_a_standby_takes_over_and_the_account_stays_exact(servers, job, processes, until, tmp_path):
+def test_a_standby_takes_over_and_the_account_stays_exact(servers, job, processes, tmp_path):
     updates = 600
     model = ModelImage.of({"w": np.zeros(updates, np.float32)})
     initial = tmp_path / "v0.safetensors"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ops.servers import free_port, private_rabbitmq, private_redis, stop_port_mapper
-from shared.command import DONE, USAGE
+from shared.command import DONE, INTERRUPTED, USAGE
 from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
 from tests.contract.faults import frozen, wait_until
@@ -193,6 +193,21 @@ def test_a_killed_worker_goes_on_where_it_was(processes, task, servers, job, own
     assert worker.wait(BACK_S_MAX) == DONE
     assert fleet.numbering() == (incarnation, made + 3)
     fleet.assert_everything_applied_once("a")
+
+
+def test_a_second_signal_ends_a_worker_at_once_though_the_broker_hangs(processes, task, servers, job, own_rabbitmq):
+    fleet = Fleet(processes, task, own_rabbitmq.url, servers.redis.url, job)
+    fleet.aggregator()
+    worker = fleet.worker(task_settings={"trainings": "2", "sleep_s": "0.5"})
+    worker.wait_for_log("worker a of job")
+    with frozen(own_rabbitmq):
+        wait_until(lambda: fleet.waiting() > 0, 20, worker.log)
+        worker.popen.send_signal(signal.SIGINT)
+        worker.wait_for_log("once more to leave at once")
+        worker.popen.send_signal(signal.SIGINT)
+        assert worker.wait(12) == INTERRUPTED  # not the 20 s and more it would take to wait for the broker
+        assert fleet.waiting() > 0  # for the next start
+    assert "Traceback" not in worker.log()
 
 
 def test_while_the_store_is_away_workers_train_on_and_nothing_is_lost(processes, task, servers, job, tmp_path):
