@@ -18,7 +18,7 @@ from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit
 from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
-from aggregator.state import State, forget_old_ids, from_stored, small_part
+from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
 from shared.clock import Clock
 from shared.compression import Decoded
 from shared.config import AggregatorSettings
@@ -151,7 +151,7 @@ class Aggregator:
         staleness = state.version - update.base_version
         if update.update_id in state.applied:
             return DUPLICATE, staleness, 0.0
-        if staleness > self.settings.staleness_max:
+        if staleness > self.settings.staleness_max or update.base_version < state.floor:
             return STALE, staleness, 0.0
         base = self._base(update.base_version) if self._rule.needs_base else None
         weight = self._rule.fold(state, update, delta, staleness, self._weight(staleness), base)
@@ -212,7 +212,7 @@ class Aggregator:
             version=state.version,
             model=state.model if moved else None,
             arrays={name: state.arrays[name] for name in arrays},
-            state=small_part(state, self._rule.name, arrays),
+            state=small_part(state, self._rule.buffer_kind, arrays),
             applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
             applied_floor=self._floor(),
             ledger=json.dumps(self._account.entries),
@@ -283,13 +283,13 @@ class Aggregator:
         return stored
 
     def _adopt(self, stored: Stored) -> State:
-        """Take over a stored state; the open buffer of another rule is refused."""
+        """Take over a stored state; an open buffer of another kind is refused."""
         self._forget_pending()
-        names = set(stored.arrays)
-        if names - set(self._rule.arrays):
+        kind = open_buffer_kind(stored)
+        if kind not in (None, self._rule.buffer_kind):
             raise SettingsError(
-                f"the job's open buffer belongs to another rule than {self._rule.name}: start once more with that "
-                "rule and FEDMQ_BUFFER_SIZE=1 until the buffer is empty"
+                f"the job's open buffer is of {kind}, these settings are of {self._rule.buffer_kind}: start once more "
+                "with the old ones and FEDMQ_BUFFER_SIZE=1 until it is empty"
             )
         state = from_stored(stored, self._rule.arrays)
         self._bases.clear()
@@ -299,7 +299,7 @@ class Aggregator:
 
     def _floor(self) -> int:
         """Return the oldest base_version that is not too stale."""
-        return max(0, self.state.version - self.settings.staleness_max)
+        return max(0, self.state.floor, self.state.version - self.settings.staleness_max)
 
     def _versions_to_drop(self) -> list[int]:
         """Return the stored versions nobody needs: all but the newest few, and the bases a rule may ask for."""

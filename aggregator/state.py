@@ -43,6 +43,8 @@ class State:
         buffer: contributions since the last version.
         buffer_since: unix seconds when the oldest of them came; 0 while there is none.
         applied: update_id -> base_version of applied updates within the staleness horizon.
+        floor: updates with a base_version below it are refused for good: their ids may have been forgotten. It
+            never sinks, also when staleness_max is raised.
         versions: versions whose weights the store holds, ascending.
         totals: outcome -> number of updates, over the job's whole life.
     """
@@ -55,6 +57,7 @@ class State:
     buffer: list[Contribution] = field(default_factory=list)
     buffer_since: float = 0.0
     applied: dict[str, int] = field(default_factory=dict)
+    floor: int = 0
     versions: list[int] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
 
@@ -66,7 +69,8 @@ class State:
 
 def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
     """Build the state of a stored revision; missing arrays start at zero."""
-    small: dict[str, Any] = msgpack.unpackb(stored.state) if stored.state else {"buffer": [], "since": 0.0, "totals": {}}
+    fresh: dict[str, Any] = {"buffer": [], "since": 0.0, "floor": 0, "totals": {}}
+    small = msgpack.unpackb(stored.state) if stored.state else fresh
     arrays = {
         name: stored.arrays.get(name, np.zeros(stored.head.num_params, np.float32)) for name in array_names
     }  # fmt: skip
@@ -79,9 +83,16 @@ def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
         buffer=[Contribution(*item) for item in small["buffer"]],
         buffer_since=small["since"],
         applied=stored.applied,
+        floor=small["floor"],
         versions=stored.versions,
         totals=small["totals"],
     )
+
+
+def open_buffer_kind(stored: Stored) -> str | None:
+    """Return what the stored open buffer is a sum of (`Rule.buffer_kind`), None while it is empty."""
+    small = msgpack.unpackb(stored.state) if stored.state else {"buffer": []}
+    return str(small["rule"]) if small["buffer"] else None
 
 
 def small_part(state: State, rule: str, arrays: tuple[str, ...]) -> bytes:
@@ -89,16 +100,18 @@ def small_part(state: State, rule: str, arrays: tuple[str, ...]) -> bytes:
 
     Args:
         state: the state.
-        rule: name of the rule its buffer belongs to.
+        rule: `Rule.buffer_kind` of its buffer.
         arrays: which model-size vectors go with it.
     """
     buffer = [[c.update_id, c.staleness, c.weight, c.mass] for c in state.buffer]
-    record = {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer}
-    packed: bytes = msgpack.packb(record | {"since": state.buffer_since, "totals": state.totals})
+    record: dict[str, Any] = {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer}
+    record |= {"since": state.buffer_since, "floor": state.floor, "totals": state.totals}
+    packed: bytes = msgpack.packb(record)
     return packed
 
 
 def forget_old_ids(state: State, floor: int) -> None:
-    """Drop applied ids with a base_version below `floor`: such updates are refused as too stale anyway."""
-    if len(state.applied) > 0 and min(state.applied.values()) < floor:
-        state.applied = {update_id: base for update_id, base in state.applied.items() if base >= floor}
+    """Raise the floor and drop applied ids with a base_version below it: such updates are refused from now on."""
+    state.floor = max(state.floor, floor)
+    if state.applied and min(state.applied.values()) < state.floor:
+        state.applied = {update_id: base for update_id, base in state.applied.items() if base >= state.floor}

@@ -144,7 +144,7 @@ class WorkerSettings(Settings):
     @field_validator("task_settings", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        return parse_pairs(value) if isinstance(value, str) else value
+        return parse_pairs(value)
 
 
 class EvaluatorSettings(Settings):
@@ -159,7 +159,7 @@ class EvaluatorSettings(Settings):
     @field_validator("task_settings", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        return parse_pairs(value) if isinstance(value, str) else value
+        return parse_pairs(value)
 
 
 ALL_SETTINGS: tuple[type[Settings], ...] = (AggregatorSettings, WorkerSettings, EvaluatorSettings)
@@ -191,8 +191,11 @@ def load(kind: type[S], flags: dict[str, Any] | None = None) -> S:
     return settings
 
 
-def parse_pairs(text: str) -> dict[str, str]:
-    """Read `a=1,b=2`, or a JSON object."""
+def parse_pairs(given: Any) -> Any:
+    """Read `a=1,b=2`, a JSON object or a TOML table as name -> text."""
+    if isinstance(given, dict):
+        return {str(key): str(value) for key, value in given.items()}
+    text = str(given)
     if text.lstrip().startswith("{"):
         return {str(key): str(value) for key, value in json.loads(text).items()}
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]

@@ -92,7 +92,7 @@ def decode(body: bytes, update_bytes_max: int) -> Update:
         raise RejectedUpdate(Reason.MALFORMED, f"not a msgpack map: {type(error).__name__}: {error}") from error
     if not isinstance(record, dict):
         raise RejectedUpdate(Reason.MALFORMED, f"a msgpack {type(record).__name__}, not a map")
-    if record.get("format") != FORMAT:
+    if record.get("format") != FORMAT or type(record["format"]) is not int:
         raise RejectedUpdate(Reason.FORMAT, f"format {record.get('format')!r}; this aggregator speaks {FORMAT}")
     update = Update(
         job=_identifier(record, "job"),

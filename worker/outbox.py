@@ -53,7 +53,7 @@ class Outbox:
             self.incarnation: str = known.get("incarnation") or uuid.uuid4().hex[:12]
             self.next_sequence = max([int(known.get("next_sequence", 0)), *(s + 1 for s in self._sequences())])
             self._write(self._state, self._state_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:  # also an outbox.json of another shape
             raise SettingsError(f"the outbox {folder} cannot be used: {error}") from error
         self._sizes = {s: self._path(s).stat().st_size for s in self._sequences()}
         self._guard = threading.Lock()  # of _sizes: the publishing thread removes, the training thread puts

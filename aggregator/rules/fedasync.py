@@ -26,6 +26,7 @@ class FedAsync:
 
     alpha: float
     name: str = "fedasync"
+    buffer_kind: str = "fedasync"
     arrays: tuple[str, ...] = ()
     needs_base: bool = True
 

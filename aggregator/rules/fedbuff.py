@@ -35,6 +35,11 @@ class FedBuff:
     arrays: tuple[str, ...] = ("delta_sum",)
     needs_base: bool = False
 
+    @property
+    def buffer_kind(self) -> str:
+        """Sums with and without sample weights do not mix."""
+        return "fedbuff by samples" if self.weight_by_samples else "fedbuff"
+
     def fold(
         self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
     ) -> float:

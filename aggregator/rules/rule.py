@@ -16,6 +16,10 @@ class Rule(Protocol):
         """Its name in the registry."""
 
     @property
+    def buffer_kind(self) -> str:
+        """What its open buffer is a sum of: one of another kind must not be continued."""
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """Model-size vectors it keeps in `State.arrays`, zero at first."""
 

@@ -12,6 +12,8 @@ from tests.servers_fixture import servers
 
 __all__ = ["servers"]
 
+logging.getLogger("pika").setLevel(logging.CRITICAL)  # as in every program of ours
+
 
 @pytest.fixture
 def job() -> str:
@@ -34,7 +36,6 @@ def no_thread_left_behind() -> Iterator[None]:
 def no_unforeseen_error(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Faults are foreseen: none may surface as an exception that only a catch-all stopped."""
     caplog.set_level(logging.WARNING, "fedmq")
-    caplog.set_level(logging.CRITICAL, "pika")  # as every program of ours
     yield
     caught = [r for when in ("setup", "call") for r in caplog.get_records(when) if r.exc_info and r.name[:5] == "fedmq"]
     assert not caught, f"{caught[0].getMessage()}: {caught[0].exc_info[1]!r}"

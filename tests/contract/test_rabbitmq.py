@@ -1,6 +1,7 @@
 """What only RabbitMQ has: restarts, names and arguments, logins, alarms, heartbeats."""
 
 import os
+import socket
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ import pika.exceptions
 import psutil
 import pytest
 
-from ops.servers import PrivateServer, PrivateServers, private_rabbitmq, stop_port_mapper
+from ops.servers import PrivateServer, PrivateServers, free_port, private_rabbitmq, stop_port_mapper
 from shared.errors import (
     BrokerUnavailable,
     FedMQError,
@@ -682,6 +683,18 @@ def test_a_connection_on_its_way_is_given_up_at_once(job: str, host: Callable[[]
         sink = RabbitSink(f"amqp://fedmq:{PASSWORD}@127.0.0.1:{port}/fedmq", "a")
         with pytest.raises(BrokerUnavailable):
             sink.link.wait_ready(0.3)
+        started = time.monotonic()
+        sink.close()
+        assert time.monotonic() - started < 3.0
+        assert not sink.link._thread.is_alive()
+
+
+def test_closing_between_two_attempts_begins_no_other(job: str) -> None:
+    port = free_port()
+    sink = RabbitSink(f"amqp://fedmq:{PASSWORD}@127.0.0.1:{port}/fedmq", "a")
+    with pytest.raises(BrokerUnavailable, match="refused"):
+        sink.link.wait_ready(1.0)
+    with socket.create_server(("127.0.0.1", port)):  # now an attempt would last until it times out
         started = time.monotonic()
         sink.close()
         assert time.monotonic() - started < 3.0

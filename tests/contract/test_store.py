@@ -13,6 +13,7 @@ import safetensors.numpy
 from ops.servers import PrivateServers
 from shared.errors import FedMQError, SettingsError, StoreUnavailable, VersionConflict, VersionGone
 from shared.store.ports import Stored
+from tests.contract.faults import wait_until
 from tests.contract.stores import LAYOUT, NUM_PARAMS, InProcess, InRedis, Store, array, commit_of, image, state_of
 
 
@@ -402,6 +403,9 @@ def test_readers_never_see_a_mix(store: Store, small_chunks: int) -> None:
                     )
                 )  # fmt: skip
                 revision += 1
+            if version % 20 == 0:  # however fast commits are, everybody gets to read
+                seen = dict(reads)
+                wait_until(lambda: failures or all(reads[kind] > seen[kind] for kind in reads))  # noqa: B023
 
     def read_models() -> None:
         client = store.open()
@@ -448,7 +452,6 @@ def test_readers_never_see_a_mix(store: Store, small_chunks: int) -> None:
     assert not failures, failures
     assert loaded(store).head.version == 200
     assert loaded(store).head.revision == 266
-    assert min(reads.values()) >= 5, reads
 
 
 # What Redis holds

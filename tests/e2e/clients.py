@@ -1,4 +1,5 @@
 """The contract client of the README, run by the tests as it stands there."""
+
 import os
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 import numpy as np
 import redis
 
-RAW_CLIENT = '''
+RAW_CLIENT = """
 import json, os, time, uuid, zlib
 import msgpack, numpy, pika, redis
 
@@ -26,7 +27,7 @@ for sequence in range(10):
     properties = pika.BasicProperties(delivery_mode=2, message_id=f"{client}/{me}/{sequence}", type="update",
                                       content_type="application/vnd.fedmq.update+msgpack")
     channel.basic_publish("fedmq.updates", f"update.{job}.{client}", body, properties, mandatory=True)
-'''
+"""
 
 
 def run_raw_client(broker_url, store_url, job):

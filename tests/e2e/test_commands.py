@@ -114,7 +114,7 @@ def test_every_problem_of_the_settings_stands_in_one_message(fedmq, tmp_path):
         metrics_port=70000, update_bytes_max=1,
     )  # fmt: skip
     assert_refused(
-        answer, USAGE, "FEDMQ_BUFER_SIZE=3: no such setting; did you mean FEDMQ_BUFFER_SIZE?", "FEDMQ_JOB=a b",
+        answer, USAGE, "FEDMQ_BUFER_SIZE: no such setting; did you mean FEDMQ_BUFFER_SIZE?", "FEDMQ_JOB=a b",
         "fedmq.toml: prefech: no such setting; did you mean FEDMQ_PREFETCH?", "FEDMQ_COMMIT_AGE_MAX_S=soon",
         "FEDMQ_CODEC=gzip", "FEDMQ_LOG_LEVEL=loud", "FEDMQ_METRICS_PORT=70000", "FEDMQ_UPDATE_BYTES_MAX=1",
     )  # fmt: skip

@@ -126,8 +126,14 @@ def test_a_standby_takes_over_and_the_account_stays_exact(servers, job, processe
 @pytest.mark.parametrize(
     ("settings", "weight"),
     [
-        ({"rule": "fedbuff", "buffer_size": 4, "server_lr": 0.8, "staleness": "polynomial(0.5)"}, lambda t: polynomial(t, 0.5)),
-        ({"rule": "fedbuff", "buffer_size": 3, "weight_by_samples": True, "staleness": "hinge(2,1)"}, lambda t: hinge(t, 2, 1)),
+        (
+            {"rule": "fedbuff", "buffer_size": 4, "server_lr": 0.8, "staleness": "polynomial(0.5)"},
+            lambda t: polynomial(t, 0.5),
+        ),
+        (
+            {"rule": "fedbuff", "buffer_size": 3, "weight_by_samples": True, "staleness": "hinge(2,1)"},
+            lambda t: hinge(t, 2, 1),
+        ),
         ({"rule": "fedasync", "alpha": 0.6, "staleness": "polynomial(0.5)"}, lambda t: polynomial(t, 0.5)),
         ({"rule": "fedasync", "alpha": 0.9, "staleness": "hinge(10,4)"}, lambda t: hinge(t, 10, 4)),
     ],
@@ -136,7 +142,9 @@ def test_a_standby_takes_over_and_the_account_stays_exact(servers, job, processe
 def test_rules_equal_their_closed_form_through_broker_and_store(servers, job, settings, weight, seed):
     """Encode -> RabbitMQ -> fold -> commit to Redis, against float64 written here from the papers' formulas."""
     rng = np.random.default_rng(seed)
-    model = ModelImage.of({"a": rng.standard_normal((30, 11)).astype(np.float32), "b": rng.standard_normal(7).astype(np.float32)})
+    model = ModelImage.of(
+        {"a": rng.standard_normal((30, 11)).astype(np.float32), "b": rng.standard_normal(7).astype(np.float32)}
+    )
     store = RedisStore(servers.redis.url, job)
     store.create(model, time.time())
     config = AggregatorSettings(job=job, commit_interval_s=0.0, staleness_max=30, **settings)
@@ -154,7 +162,18 @@ def test_rules_equal_their_closed_form_through_broker_and_store(servers, job, se
         samples = int(rng.integers(1, 500))
         delta = (0.1 * rng.standard_normal(model.layout.num_params)).astype(np.float32)
         update = Update(
-            job, "w", f"w/0/{i}", base, samples, 3, model.layout.hash, {"name": "float32"}, delta.tobytes(), {}, 0.1, 0.0
+            job,
+            "w",
+            f"w/0/{i}",
+            base,
+            samples,
+            3,
+            model.layout.hash,
+            {"name": "float32"},
+            delta.tobytes(),
+            {},
+            0.1,
+            0.0,
         )
         sink.publish(Outgoing(job, "w", update.update_id, encode(update)), 10)
         while not aggregator.step():

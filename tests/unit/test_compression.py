@@ -5,12 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from shared.compression import codec_of, decode, parse
+from shared.compression import block_int, codec_of, decode, parse
 from shared.compression.registry import ALL_NAMES, QUANTIZERS
 from shared.errors import Reason, RejectedUpdate, SettingsError
 from shared.vector import BLOCK_ELEMENTS
 
-SIZES = (1, 2, 127, 128, 129, 255, 256, 257, 511, 65535, 65536, 65537)
+SLAB = block_int._SLAB * block_int.BLOCK  # elements the integer codecs handle at once
+SIZES = (1, 2, 127, 128, 129, 255, 256, 257, 511, 65535, 65536, 65537, SLAB - 1, SLAB, SLAB + 1, 2 * SLAB + 300)
 FIXED = tuple(QUANTIZERS)
 STOCHASTIC = tuple(n for n in ALL_NAMES if n.startswith("int") and "nearest" not in n)
 INTS = tuple(n for n in ALL_NAMES if n.startswith("int"))
@@ -121,7 +122,7 @@ def test_stochastic_rounding_is_unbiased(name):
     assert (np.abs(total / trials - delta) < 5.5 * sigma + 1e-6 * np.abs(delta)).all()
 
 
-@pytest.mark.parametrize("size", [1, 257, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS + 300])
+@pytest.mark.parametrize("size", [1, 257, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS + 300, 2 * SLAB + 300])
 @pytest.mark.parametrize("name", ALL_NAMES)
 def test_add_into_adds_weight_times_delta(name, size):
     delta, start = bumpy(size), bumpy(size, seed=4)

@@ -4,7 +4,15 @@ import os
 
 import pytest
 
-from shared.config import ALL_SETTINGS, AggregatorSettings, EvaluatorSettings, WorkerSettings, load, parse_pairs
+from shared.config import (
+    ALL_SETTINGS,
+    OTHER_VARIABLES,
+    AggregatorSettings,
+    EvaluatorSettings,
+    WorkerSettings,
+    load,
+    parse_pairs,
+)
 from shared.errors import SettingsError
 
 
@@ -82,13 +90,19 @@ def test_an_empty_variable_contradicts_no_rule(monkeypatch):
 )
 def test_an_unknown_variable_is_named_with_a_suggestion(monkeypatch, variable, meant):
     monkeypatch.setenv(variable, "5")
-    assert f"{variable}=5: no such setting; did you mean {meant}?" in problems()
+    assert f"{variable}: no such setting; did you mean {meant}?" in problems()
 
 
 def test_an_unknown_name_far_from_all_others_gets_no_suggestion(monkeypatch):
     monkeypatch.setenv("FEDMQ_XYZZY", "1")
-    assert "FEDMQ_XYZZY=1: no such setting" in problems()
+    assert "FEDMQ_XYZZY: no such setting" in problems()
     assert "did you mean" not in problems()
+
+
+def test_the_value_of_an_unknown_variable_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("FEDMQ_BROKER_PASSWORD", "s3cret")
+    assert "FEDMQ_BROKER_PASSWORD" in problems()
+    assert "s3cret" not in problems()
 
 
 def test_an_unknown_name_in_the_file_is_named_with_the_file(toml):
@@ -102,7 +116,7 @@ def test_settings_of_the_other_programs_may_stand_in_the_same_file(toml, kind):
     assert load(kind).job == "x"
 
 
-@pytest.mark.parametrize("name", ["FEDMQ_DATA", "FEDMQ_CONFIG"])
+@pytest.mark.parametrize("name", sorted(OTHER_VARIABLES))
 def test_variables_read_elsewhere_are_no_mistake(monkeypatch, name, tmp_path):
     path = tmp_path / "empty.toml"
     path.touch()
@@ -116,7 +130,7 @@ def test_every_problem_stands_in_one_message(toml, monkeypatch):
     monkeypatch.setenv("FEDMQ_JBO", "x")
     text = problems(flags={"job": "a b", "codec": "int9", "staleness": "linear", "log_level": "loud"})
     for part in (
-        "prefetsch", "FEDMQ_JBO=x", "FEDMQ_JOB=a b", "FEDMQ_BUFFER_SIZE=many", "FEDMQ_SERVER_LR=-1",
+        "prefetsch", "FEDMQ_JBO:", "FEDMQ_JOB=a b", "FEDMQ_BUFFER_SIZE=many", "FEDMQ_SERVER_LR=-1",
         "unknown codec 'int9'", "FEDMQ_STALENESS=linear", "FEDMQ_LOG_LEVEL=loud",
     ):  # fmt: skip
         assert part in text

@@ -681,7 +681,7 @@ def test_an_open_buffer_of_another_rule_is_not_taken_over():
     system.drain()
     system.aggregator.finish()
     system.source.close()
-    with pytest.raises(SettingsError, match="another rule than fedasync"):
+    with pytest.raises(SettingsError, match="open buffer is of fedbuff"):
         Aggregator(
             AggregatorSettings(job=JOB, rule="fedasync"), system.broker.source(JOB), system.store, system.clock,
             AggregatorMetrics(),
@@ -720,3 +720,30 @@ def test_the_start_state_is_the_given_model():
     system = System(model_of(weights(3)))
     np.testing.assert_array_equal(system.weights, weights(3))
     assert (system.store.head().version, system.store.head().revision) == (0, 0)
+
+
+# --- settings that change between two starts ----------------------------------------------------------------
+
+
+def test_2_raising_staleness_max_does_not_readmit_an_update_whose_id_was_forgotten():
+    system = System(buffer_size=1, staleness="constant", staleness_max=1)
+    update = system.publish(np.ones_like(weights(0)))
+    system.drain()
+    for _ in range(4):
+        system.publish(np.zeros_like(weights(0)))
+        system.drain()
+    system.restart(staleness_max=100)
+    system.send(update)
+    system.drain()
+    system.aggregator.finish()
+    np.testing.assert_array_equal(system.weights, np.ones_like(weights(0)))
+
+
+def test_an_open_buffer_is_not_continued_with_other_masses():
+    system = System(buffer_size=2)
+    system.publish(weights(0), num_samples=100)
+    system.drain()
+    system.aggregator.finish()
+    with pytest.raises(SettingsError, match="fedbuff by samples"):
+        system.restart(weight_by_samples=True)
+    assert len(system.restart(weight_by_samples=False).state.buffer) == 1
