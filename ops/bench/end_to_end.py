@@ -28,10 +28,10 @@ from shared.transport import names
 from shared.transport.ports import Outgoing
 from shared.transport.rabbitmq import RabbitSink, RabbitSource, queue_depths
 
-BACKLOG_BYTES = 500e6  # per round: long enough to measure, short enough to repeat
+BACKLOG_BYTES = 800e6  # per round: long enough to measure, short enough to repeat
 BACKLOG_UPDATES = (60, 5000)
 DRAIN_S_MAX = 300.0
-PREFETCH = 256  # of every consumer, the aggregator's default
+PREFETCH = 1024  # of every consumer, the default of the aggregator
 PIKA_READ_BYTES = (4096, 1024 * 100)  # pika 1.4's own: per recv, per event
 PUBLISHES = 40  # measured one by one, each with its confirm
 

@@ -148,7 +148,7 @@ def publish_when_back(sink: UpdateSink, outgoing: Outgoing, timeout_s: float = 3
     wait_until(published, timeout_s, lambda: f"publishing fails: {problems[-1]!r}")
 
 
-def receive(source: UpdateSource, count: int, timeout_s: float = 30.0) -> list[Delivery]:
+def receive(source: UpdateSource, count: int, timeout_s: float = 15.0) -> list[Delivery]:
     """Return the next `count` deliveries."""
     deliveries: list[Delivery] = []
 

@@ -56,8 +56,8 @@ class CountingClient:
             update_id = f"counter/0/{i}"
             encoded = codec.encode(delta, np.random.default_rng(0))
             update = Update(
-                self.job, "counter", update_id, 0, 1, 1, self.layout.hash, {"name": "float32"}, encoded.payload, {}, 0.0,
-                time.time(),
+                self.job, "counter", update_id, 0, 1, 1, self.layout.hash, {"name": "float32"}, encoded.payload,
+                {}, 0.0, time.time(),
             )  # fmt: skip
             message = Outgoing(self.job, "counter", update_id, encode(update))
             while True:

@@ -197,7 +197,7 @@ def test_a_killed_worker_goes_on_where_it_was(processes, task, servers, job, own
 
 def test_a_second_signal_ends_a_worker_at_once_though_the_broker_hangs(processes, task, servers, job, own_rabbitmq):
     fleet = Fleet(processes, task, own_rabbitmq.url, servers.redis.url, job)
-    fleet.aggregator()
+    fleet.aggregator().wait_for_log("at version 0")
     worker = fleet.worker(task_settings={"trainings": "2", "sleep_s": "0.5"})
     worker.wait_for_log("worker a of job")
     with frozen(own_rabbitmq):

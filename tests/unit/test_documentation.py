@@ -28,7 +28,7 @@ def test_every_setting_is_documented_with_its_default_and_no_other():
     for name, field in fields.items():
         if field.default_factory is None and field.default not in (None, ""):
             assert documented[name].replace("\\|", "|") == f"`{field.default}`", name
-    assert OTHER_VARIABLES <= set(re.findall(r"FEDMQ_\w+", README))
+    assert set(re.findall(r"FEDMQ_\w+", README)) >= OTHER_VARIABLES
 
 
 def test_every_metric_is_documented_and_exists():
