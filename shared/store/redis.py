@@ -40,6 +40,7 @@ from shared.errors import SettingsError, StoreUnavailable, VersionConflict, Vers
 from shared.layout import Layout
 from shared.model_image import CHUNK_BYTES, ModelImage, chunk_count
 from shared.store.ports import Commit, Head, Stored
+from shared.urls import check_port, hide_password
 from shared.vector import Vector
 
 log = logging.getLogger("fedmq.store")
@@ -58,7 +59,7 @@ SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is smal
 # KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
 _COMMIT = """
 local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
-if token == ARGV[2] then return 'done' end
+if token == ARGV[2] then return 'again' end
 if (revision or '') ~= ARGV[1] then return 'conflict ' .. (revision or 'none') end
 for _, key in ipairs(cmsgpack.unpack(ARGV[3])) do
   if redis.call('EXISTS', key) == 0 then return 'expired ' .. key end
@@ -85,7 +86,8 @@ class RedisStore:
         self._prefix = f"fedmq:{{{job}}}:"
         self._durable, self._waitaof = durable, False
         self._layout: Layout | None = None
-        self._redis = _connect(url)
+        self._redis = _connect(url, ANSWER_S_MAX)
+        self._greeted = False
 
     def check(self) -> str:
         """Return the server's version after making sure that commits will be durable.
@@ -94,6 +96,7 @@ class RedisStore:
             StoreUnavailable: it cannot be reached.
             SettingsError: it refuses the login, or may forget acknowledged writes.
         """
+        self._greet()
         with _translated(self.url):
             server = self._redis.info("server")
             version = str(server["redis_version"])
@@ -103,6 +106,7 @@ class RedisStore:
 
     def durability(self) -> str:
         """Say how an acknowledged write is kept: `always`, `everysec`, `no`, or `off` without an append-only file."""
+        self._greet()
         with _translated(self.url):
             try:
                 settings = self._redis.config_get("append*")
@@ -119,6 +123,7 @@ class RedisStore:
 
     def head(self) -> Head | None:
         """Return where the job stands: one HGETALL."""
+        self._greet()
         with _translated(self.url):
             return self._parse_head(self._redis.hgetall(self._key("head")))
 
@@ -184,7 +189,7 @@ class RedisStore:
                 return None
             with _translated(self.url), contextlib.suppress(VersionGone):
                 state = self._redis.get(self._key("state")) or b""
-                names = msgpack.unpackb(state)["arrays"] if state else []
+                names = _array_names(state)
                 arrays = {name: self._array(name, head.num_params) for name in names}
                 scored = self._redis.zrange(self._key("applied"), 0, -1, withscores=True)
                 versions = [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)]
@@ -289,6 +294,15 @@ class RedisStore:
         """Close the connections."""
         self._redis.close()
 
+    def _greet(self) -> None:
+        """Find out, once and quickly, whether Redis answers at all; later answers may take their time."""
+        if self._greeted:
+            return
+        probe = _connect(self.url, CONNECT_S_MAX)
+        with _translated(self.url), contextlib.closing(probe):
+            probe.exists(self._key("head"))
+        self._greeted = True
+
     def _key(self, name: str) -> str:
         return self._prefix + name
 
@@ -305,7 +319,10 @@ class RedisStore:
         array = np.empty(num_params, np.float32)
         step = CHUNK_BYTES // 4
         for index, start in enumerate(range(0, num_params, step)):
-            array[start : start + step] = np.frombuffer(self._chunk(f"state:{name}:{index}"), "<f4")
+            piece, target = self._chunk(f"state:{name}:{index}"), array[start : start + step]
+            if len(piece) != target.nbytes:
+                raise VersionGone(f"piece {index} of {name} has {len(piece)} bytes, not {target.nbytes}")
+            target[:] = np.frombuffer(piece, "<f4")
         return array
 
     def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
@@ -344,10 +361,10 @@ class RedisStore:
         if self._waitaof and answers[1][0] < 1:
             raise StoreUnavailable(f"Redis did not sync the commit to disk within {WAITAOF_MS / 1000:g} s")
         answer = str(answers[0].decode())
-        if answer != "done" and stage:
+        if answer != "done" and stage:  # also when repeated: its pieces were staged once more
             with _translated(self.url):
                 self._redis.delete(*stage)
-        return answer
+        return "done" if answer == "again" else answer
 
     def _parse_head(self, fields: dict[bytes, bytes]) -> Head | None:
         if not fields:
@@ -370,19 +387,14 @@ class RedisStore:
             )
 
 
-def hide_password(url: str) -> str:
-    """Return the URL as it may appear in a message."""
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@") if parts.password else url
-
-
-def _connect(url: str) -> Any:
+def _connect(url: str, answer_s_max: float) -> Any:
     try:
         if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
             raise ValueError("expected redis://:password@host:6379/0")
+        check_port(url)
         return redis.Redis.from_url(
-            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=ANSWER_S_MAX, socket_read_size=READ_BYTES,
-            socket_keepalive=True, health_check_interval=15, client_name="fedmq", protocol=2,
+            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
+            socket_keepalive=True, protocol=2,  # no client name, no PING: a login that may only read has neither
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
         )  # fmt: skip
     except (ValueError, TypeError) as error:
@@ -404,6 +416,15 @@ def _translated(url: str) -> Iterator[None]:
         if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
             raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
         raise StoreUnavailable(f"Redis at {hide_password(url)}: {error}") from error
+
+
+def _array_names(state: bytes) -> list[str]:
+    """Read from the small part of a state which arrays go with it."""
+    try:
+        names: list[str] = msgpack.unpackb(state)["arrays"] if state else []
+    except (ValueError, TypeError, KeyError) as error:
+        raise VersionGone(f"the small part of the state is damaged: {error}") from error
+    return names
 
 
 def _cut(array: Vector) -> Iterator[memoryview]:

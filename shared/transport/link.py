@@ -4,9 +4,11 @@ pika is not thread-safe, and heartbeats stop while the owning thread does someth
 nothing else, and other threads hand work over with `call`. Hours of training cost no heartbeat.
 """
 
+import contextlib
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +23,14 @@ from tenacity import Retrying, sleep_using_event, stop_when_event_set, wait_rand
 
 from shared.errors import BrokerUnavailable, FedMQError, SettingsError
 from shared.transport.names import VHOST
+from shared.urls import check_port, hide_password
 
 log = logging.getLogger("fedmq.broker")
 
 HEARTBEAT_S = 30  # a dead peer is noticed within two of these
 SOCKET_TIMEOUT_S = 5  # TCP connect; the handshake may take twice as long
 BACKOFF_S_MAX = 15.0
+GOODBYE_S = 1.0  # for the broker to hear that a failed connection is closed
 
 Channel = Any  # pika.channel.Channel; pika ships no type marker
 Step = Callable[..., Any]  # a channel method that takes `callback=`
@@ -34,8 +38,10 @@ Step = Callable[..., Any]  # a channel method that takes `callback=`
 # pika reads 4 KiB a time and appends it to what it has of a 128 KiB frame: at 1 MB a message that copying
 # costs half the throughput. Reading in large pieces is a private constant of its transport; were it renamed,
 # only speed would be lost (ops/bench shows how much).
-pika_io._AsyncTransportBase._MAX_RECV_BYTES = 2**18
-pika_io._AsyncTransportBase._MAX_CONSUME_BYTES = 2**20
+READ_BYTES = 2**18
+TRICKLE_BYTES = 2**12
+pika_io._AsyncTransportBase._MAX_RECV_BYTES = READ_BYTES
+pika_io._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * READ_BYTES
 
 
 def parameters(url: str, name: str) -> Any:
@@ -48,9 +54,12 @@ def parameters(url: str, name: str) -> Any:
         parts = urlsplit(url)
         if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
             raise ValueError("expected amqp://login:password@host:5672/fedmq")
-        parsed = pika.URLParameters(url if parts.path.strip("/") else f"{url.rstrip('/')}/{VHOST}")
+        check_port(url)
+        parsed = pika.URLParameters(url)
     except (ValueError, TypeError, AttributeError) as error:
         raise SettingsError(f"FEDMQ_BROKER_URL {hide_password(url)!r} is no AMQP URL: {error}") from error
+    if not parts.path.strip("/"):
+        parsed.virtual_host = VHOST
     if "heartbeat" not in parts.query:
         parsed.heartbeat = HEARTBEAT_S
     parsed.connection_attempts = 1
@@ -58,13 +67,6 @@ def parameters(url: str, name: str) -> Any:
     parsed.stack_timeout = 2 * SOCKET_TIMEOUT_S - 1
     parsed.client_properties = {"connection_name": name, "product": "fedmq"}
     return parsed
-
-
-def hide_password(url: str) -> str:
-    """Return the URL as it may appear in a message."""
-    head, at, tail = url.rpartition("@")
-    scheme, slashes, login = head.partition("://")
-    return f"{scheme}{slashes}{login.split(':')[0]}:***{at}{tail}" if at else url
 
 
 class Link:
@@ -86,7 +88,8 @@ class Link:
         on_down: Callable[[Exception], None],
         before_poll: Callable[[], None] = lambda: None,
     ) -> None:
-        self.url, self.problem = url, BrokerUnavailable("not connected yet")
+        self.url = url
+        self.problem: FedMQError = BrokerUnavailable(f"RabbitMQ at {hide_password(url)} has not answered yet")
         self.blocked: str | None = None  # why the broker accepts no publishes at the moment
         self.ready = threading.Event()
         self._parameters = parameters(url, name)
@@ -106,10 +109,9 @@ class Link:
             BrokerUnavailable: it is not within `timeout_s`; the message says why.
             SettingsError: the broker is there but refuses us; waiting would not help.
         """
-        waited_s = 0.0
+        deadline = time.monotonic() + timeout_s
         while not self.ready.wait(0.05):
-            waited_s += 0.05
-            if waited_s >= timeout_s or isinstance(self.problem, SettingsError):
+            if time.monotonic() >= deadline or isinstance(self.problem, SettingsError):
                 raise self.problem
 
     def call(self, function: Callable[[], None]) -> bool:
@@ -120,6 +122,13 @@ class Link:
             self._loop.add_callback_threadsafe(function)
             return True
 
+    def read_slowly(self, slowly: bool) -> None:
+        """Read a trickle, which keeps the heartbeats alive, or at full speed; owner thread only."""
+        transport = getattr(self._connection, "_transport", None)
+        if transport is not None:
+            transport._MAX_RECV_BYTES = TRICKLE_BYTES if slowly else READ_BYTES
+            transport._MAX_CONSUME_BYTES = TRICKLE_BYTES if slowly else 4 * READ_BYTES
+
     def reconnect(self, why: str) -> None:
         """Drop the connection and open a new one."""
         self.call(lambda: self._fail(BrokerUnavailable(why)))
@@ -129,7 +138,7 @@ class Link:
         self._closing.set()
         with self._lock:
             if self._loop is not None:
-                self._loop.add_callback_threadsafe(self._close_connection)
+                self._loop.add_callback_threadsafe(self._end)
         self._thread.join(SOCKET_TIMEOUT_S)
 
     def server_version(self) -> str:
@@ -158,6 +167,9 @@ class Link:
         self._failure, self.blocked = None, None
         loop = pika.adapters.select_connection.IOLoop()
         with self._lock:
+            if self._closing.is_set():
+                loop.close()
+                return
             self._loop = loop
         self._connection = pika.SelectConnection(
             self._parameters,
@@ -191,22 +203,34 @@ class Link:
 
     def _abandon(self, loop: Any) -> None:
         """Close the socket of a connection that failed, giving the broker a moment to hear of it."""
+        deadline = time.monotonic() + GOODBYE_S
         try:
             self._close_connection()
-            for _ in range(20):
-                if self._connection.is_closed:
-                    break
+            while not self._connection.is_closed and time.monotonic() < deadline:
                 loop.call_later(0.05, lambda: None)  # poll() returns by then at the latest
                 loop.poll()
                 loop.process_timeouts()
-            loop.deactivate_poller()
-            loop.close()
         except Exception as error:  # a half-open connection may fail in any way while it is thrown away
             log.debug("while closing: %s", error)
+        transport = getattr(self._connection, "_transport", None)
+        with contextlib.suppress(Exception):
+            if transport is not None:
+                transport.abort()
+                loop.process_timeouts()
+        with contextlib.suppress(Exception):
+            loop.deactivate_poller()
+        loop.close()
 
     def _close_connection(self) -> None:
         if self._connection is not None and not (self._connection.is_closed or self._connection.is_closing):
             self._connection.close()
+
+    def _end(self) -> None:
+        """Leave an open connection by a handshake; do not wait for one that is still on its way."""
+        if self.ready.is_set():
+            self._close_connection()
+        else:
+            self._fail(BrokerUnavailable("closed"))
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error

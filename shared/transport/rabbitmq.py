@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -32,6 +32,7 @@ INBOX_BYTES_MAX = 2**24  # received but not yet folded: beyond 16 MiB the socket
 INBOX_BYTES_LOW = 2**21  # ... until 2 MiB are left: receiving and folding take turns with the interpreter's lock
 PAUSE_S = 0.2
 DETAIL_CHARS_MAX = 1000  # an AMQP header
+BURY_S_MAX = 3.0  # how long `close` waits for dead letters to be confirmed
 
 
 class RabbitSink:
@@ -80,6 +81,7 @@ class RabbitSink:
         try:
             self._channel.basic_publish(EXCHANGE, key, message.body, properties, mandatory=True)
         except pika.exceptions.AMQPError as error:  # the channel is closing: `_on_down` ends the others
+            del self._unconfirmed[self._sequence]
             outcome.set_exception(BrokerUnavailable(str(error)))
 
     def _on_return(self, _channel: Channel, method: Any, properties: Any, _body: bytes) -> None:
@@ -123,10 +125,11 @@ class RabbitSource:
         self._changed = threading.Condition()
         self._inbox: deque[Delivery] = deque()
         self._inbox_bytes = 0
+        self._full = False
         self._epoch = 0
         self._passive = False  # the queue exists with other arguments: use it as it is
-        self._open: deque[int] = deque()  # delivered and not yet acked, in order; owner thread only, as the rest
-        self._settled: set[int] = set()
+        self._stale_epoch = -1  # of a connection given up by `recover`
+        self._open: OrderedDict[int, bool] = OrderedDict()  # tag -> acked out of order; owner thread only, as the rest
         self._dead: dict[int, int] = {}  # publish sequence on the dead-letter channel -> delivery tag
         self._dead_sequence = 0
         self._channel: Channel = None
@@ -145,8 +148,9 @@ class RabbitSource:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Ack those of the present connection."""
-        tags = [delivery.tag[1] for delivery in deliveries if delivery.tag[0] == self._epoch]
-        self.link.call(partial(self._settle, self._epoch, tags))
+        epoch = self._epoch  # once: a reconnect may come in between
+        tags = [delivery.tag[1] for delivery in deliveries if delivery.tag[0] == epoch]
+        self.link.call(partial(self._settle, epoch, tags))
 
     def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
         """Publish to the dead letters; ack on its confirm."""
@@ -158,10 +162,23 @@ class RabbitSource:
         with self._changed:
             self._inbox.clear()
             self._inbox_bytes = 0
+            if self.link.ready.is_set():
+                self._stale_epoch = self._epoch  # what still arrives of it comes again, in order
+            self._changed.notify_all()
         self.link.reconnect("asking for everything unacked again")
 
     def close(self) -> None:
-        """Close the connection, after the acks handed over before."""
+        """Close the connection, after the acks and rejects handed over before."""
+        done = threading.Event()
+
+        def look() -> None:
+            if self._dead:
+                self._channel.connection.ioloop.call_later(0.01, look)
+            else:
+                done.set()
+
+        if self.link.call(look):
+            done.wait(BURY_S_MAX)
         self.link.close()
 
     def _prepare(self, channel: Channel) -> list[Step]:
@@ -178,6 +195,7 @@ class RabbitSource:
             self._channel.connection.channel(on_open_callback=partial(self._on_dead_channel, callback))
 
         def consume(callback: Any) -> None:
+            channel.add_on_cancel_callback(lambda _frame: self.link.reconnect("the queue was deleted"))
             channel.basic_consume(updates, self._on_message, callback=callback)
 
         declare = partial(channel.queue_declare, durable=True, passive=self._passive)
@@ -196,37 +214,52 @@ class RabbitSource:
     def _on_dead_channel(self, callback: Any, channel: Channel) -> None:
         self._dead_channel, self._dead_sequence = channel, 0
         channel.add_on_close_callback(lambda _channel, error: self.link.reconnect(f"dead-letter channel: {error}"))
+        channel.add_on_return_callback(self._on_dead_return)
         channel.confirm_delivery(self._on_buried, callback=callback)
 
     def _on_message(self, _channel: Channel, method: Any, properties: Any, body: bytes) -> None:
-        self._open.append(method.delivery_tag)
+        self._open[method.delivery_tag] = False
         client = method.routing_key.rsplit(".", 1)[-1]
         tag = (self._epoch, method.delivery_tag)
         with self._changed:
+            if self._epoch == self._stale_epoch:
+                return
             self._inbox.append(Delivery(body, client, properties.user_id, properties.message_id or "", tag))
             self._inbox_bytes += len(body)
             self._changed.notify_all()
 
     def _pause_when_full(self) -> None:
-        """Leave the socket unread while the inbox is full; wake now and then for acks and heartbeats.
+        """Leave all but a trickle unread while the inbox is full; wake now and then for acks and heartbeats.
 
         Both threads hold the interpreter's lock most of the time. Were they to run side by side, each of the many
         short numpy calls of a fold would wait for the lock: taking turns in large pieces is twice as fast.
         """
         with self._changed:
-            if self._inbox_bytes > INBOX_BYTES_MAX:
-                self._changed.wait_for(lambda: self._inbox_bytes <= INBOX_BYTES_LOW, PAUSE_S)
+            was_full = self._full
+            self._full = self._inbox_bytes > (INBOX_BYTES_LOW if was_full else INBOX_BYTES_MAX)
+            if self._full:
+                self._full = not self._changed.wait_for(lambda: self._inbox_bytes <= INBOX_BYTES_LOW, PAUSE_S)
+        if self._full != was_full:
+            self.link.read_slowly(self._full)
 
     def _settle(self, epoch: int, tags: Sequence[int]) -> None:
         if epoch != self._epoch:
             return
-        self._settled.update(tags)
+        fresh = {tag for tag in tags if self._open.get(tag) is False}
         last = None
-        while self._open and self._open[0] in self._settled:
-            last = self._open.popleft()
-            self._settled.discard(last)
+        while self._open:
+            tag, acked = next(iter(self._open.items()))
+            if tag in fresh:
+                last = tag
+                fresh.discard(tag)
+            elif not acked:
+                break
+            del self._open[tag]
         if last is not None:
             self._channel.basic_ack(last, multiple=True)
+        for tag in fresh:  # behind one that is still open
+            self._open[tag] = True
+            self._channel.basic_ack(tag)
 
     def _bury(self, delivery: Delivery, reason: str, detail: str) -> None:
         epoch, tag = delivery.tag
@@ -243,6 +276,11 @@ class RabbitSource:
         )
         key = routing_key(self._job, delivery.client)
         self._dead_channel.basic_publish(DEAD_EXCHANGE, key, delivery.body, properties, mandatory=True)
+
+    def _on_dead_return(self, _channel: Channel, method: Any, _properties: Any, _body: bytes) -> None:
+        """Give up the connection before the confirm that follows: the message comes again, the queue is declared."""
+        self._dead.clear()
+        self.link.reconnect(f"no queue takes the dead letters: {method.reply_text}")
 
     def _on_buried(self, frame: Any) -> None:
         method = frame.method
@@ -261,8 +299,8 @@ class RabbitSource:
             self._epoch += 1
             self._inbox.clear()
             self._inbox_bytes = 0
+            self._full = False
         self._open.clear()
-        self._settled.clear()
         self._dead.clear()
 
 
@@ -289,11 +327,16 @@ def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:
             return [ask]
 
         link = Link(url, f"fedmq status {job}", prepare, lambda _problem: None)
+        deadline = time.monotonic() + timeout_s
         try:
-            link.wait_ready(timeout_s)
-        except BrokerUnavailable as error:
-            if ": 404 " not in str(error):
-                raise
+            while not done.is_set():
+                try:
+                    link.wait_ready(0.1)
+                except BrokerUnavailable as error:
+                    if ": 404 " in str(error):
+                        break
+                    if time.monotonic() >= deadline:
+                        raise
         finally:
             link.close()
     return depths

@@ -25,10 +25,11 @@ from shared.errors import (
     Unavailable,
 )
 from shared.messages import CONTENT_TYPE
-from shared.transport.link import hide_password, parameters
+from shared.transport.link import parameters
 from shared.transport.names import DEAD_EXCHANGE, EXCHANGE, VHOST, dead_queue, queue, routing_key
 from shared.transport.ports import Delivery
 from shared.transport.rabbitmq import INBOX_BYTES_MAX, RabbitSink, RabbitSource, queue_depths
+from shared.urls import hide_password
 from tests.contract.brokers import (
     Rabbit,
     message,

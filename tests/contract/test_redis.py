@@ -13,7 +13,8 @@ import redis
 
 from ops.servers import PrivateServer, PrivateServers, private_redis
 from shared.errors import FedMQError, SettingsError, StoreUnavailable, VersionConflict
-from shared.store.redis import RedisStore, hide_password
+from shared.store.redis import RedisStore
+from shared.urls import hide_password
 from tests.contract.faults import Proxy, frozen, silent_host, unreachable_host, wait_until
 from tests.contract.stores import InRedis, array, commit_of, image
 
