@@ -34,7 +34,7 @@ def demo(
     workers: Annotated[int, typer.Option(help="number of devices")] = 10,
     codec: Annotated[str, typer.Option(help="how updates are encoded")] = "int4 | zstd",
     buffer_size: Annotated[int, typer.Option(help="FedBuff's K")] = 10,
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the report [default: runs/demo]")] = None,
 ) -> None:
     """Train a small model with ten workers and look at it: in this process, or on real servers."""

@@ -70,13 +70,23 @@ def plan(
     Raises:
         SettingsError: fewer workers or updates than make sense.
     """
-    updates = updates or DEFAULT_UPDATES.get(Path(task).stem, 1000)
+    updates = DEFAULT_UPDATES.get(Path(task).stem, 1000) if updates is None else updates
     if workers < 1 or buffer_size < 1 or updates < buffer_size:
         raise SettingsError(
             f"--workers {workers}, --buffer-size {buffer_size}, --updates {updates}: at least 1, 1, one buffer"
         )
     name = "demo" if task == "digits" else f"demo-{Path(task).stem}"
-    return Plan(task, updates, workers, codec, buffer_size, seed, out or Path("runs") / name)
+    out = out or Path("runs") / name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be used: {error.strerror}") from error
+    try:
+        import matplotlib  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"the demo needs {error.name}: pip install 'fedmq[demo]'") from error
+    return Plan(task, updates, workers, codec, buffer_size, seed, out)
 
 
 def embedded(job: Plan) -> History:
@@ -301,7 +311,6 @@ def _account(history: History, published: int, console: Console) -> None:
 
 def _leave_behind(job: Plan, history: History, model: ModelImage, where: str) -> None:
     """Write the files and print the table and the last line."""
-    job.out.mkdir(parents=True, exist_ok=True)
     history.save_csv(job.out / "history.csv")
     model.save(job.out / "model.safetensors")
     settings = {

@@ -55,6 +55,8 @@ class History:
         recent = self.staleness[-50:]
         mean = sum(recent) / len(recent) if recent else 0.0
         nan = float("nan")
+        if self.rows and self.rows[-1].version == version:  # measured again: the later row knows all updates
+            self.rows.pop()
         self.rows.append(
             Row(
                 time_s, version, len(self.staleness), mean, self.bytes_sent,

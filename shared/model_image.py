@@ -127,8 +127,11 @@ class ModelImage:
 
     def save(self, path: Path) -> None:
         """Write the safetensors file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.data.data)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.data.data)
+        except OSError as error:
+            raise SettingsError(f"cannot write {path}: {error.strerror}") from error
 
     def _kept_slice(self, spec: TensorSpec) -> npt.NDArray[np.uint8]:
         shift = 0 if spec.offset < self._wide else 4 * self.layout.num_params

@@ -26,8 +26,11 @@ class Publisher:
         self.wake = threading.Event()  # set when the outbox has news
         self.problem: str | None = None
 
-    def step(self) -> bool:
+    def step(self, timeout_s: float = float("inf")) -> bool:
         """Publish the oldest update, if there is one; tell whether one was confirmed.
+
+        Args:
+            timeout_s: wait no longer for the confirm than this, nor than the setting says.
 
         Raises:
             Unavailable, PublishRefused: it stays in the outbox.
@@ -38,7 +41,8 @@ class Publisher:
         body = waiting.body()
         outcome = "refused"
         try:
-            self._sink.publish(Outgoing(self._job, self._client, waiting.update_id, body), self._confirm_timeout_s)
+            message = Outgoing(self._job, self._client, waiting.update_id, body)
+            self._sink.publish(message, min(timeout_s, self._confirm_timeout_s))
             outcome = "confirmed"
         except PublishUnconfirmed:
             outcome = "unknown"
@@ -73,9 +77,9 @@ class Publisher:
     def flush(self, timeout_s: float) -> bool:
         """Publish what is left before the program ends; tell whether all was confirmed."""
         deadline = self._clock.monotonic() + timeout_s
-        while len(self._outbox) and self._clock.monotonic() < deadline:
+        while len(self._outbox) and (left_s := deadline - self._clock.monotonic()) > 0:
             try:
-                self.step()
+                self.step(left_s)
             except (Unavailable, PublishRefused) as error:
                 self.problem = str(error)
                 self._clock.wait(threading.Event(), 0.3)

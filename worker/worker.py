@@ -114,13 +114,19 @@ class Worker:
         """
         publishing = threading.Thread(target=self._publisher.run, args=(self.stop,), name="publisher", daemon=True)
         publishing.start()
+        flush_s = FLUSH_S
         try:
             self._loop()
+        except KeyboardInterrupt:  # asked twice: what waits stays in the outbox
+            flush_s = 0.0
+            raise
         finally:
             self.stop.set()
             self._publisher.wake.set()
-            publishing.join(FLUSH_S)
-            if len(self._outbox) and (publishing.is_alive() or not self._publisher.flush(FLUSH_S)):
+            deadline = self._clock.monotonic() + flush_s
+            publishing.join(flush_s)
+            left_s = deadline - self._clock.monotonic()
+            if len(self._outbox) and (publishing.is_alive() or not self._publisher.flush(left_s)):
                 log.warning("%d updates stay in the outbox for the next start", len(self._outbox))
 
     def _loop(self) -> None:

@@ -392,11 +392,13 @@ def _connect(url: str, answer_s_max: float) -> Any:
         if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
             raise ValueError("expected redis://:password@host:6379/0")
         check_port(url)
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
             socket_keepalive=True, protocol=2,  # no client name, no PING: a login that may only read has neither
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
         )  # fmt: skip
+        client.connection_pool.make_connection()  # connects to nothing, but an unknown ?option shows here
+        return client
     except (ValueError, TypeError) as error:
         raise SettingsError(f"FEDMQ_STORE_URL {hide_password(url)!r} is no Redis URL: {error}") from error
 
