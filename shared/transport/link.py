@@ -39,7 +39,7 @@ Step = Callable[..., Any]  # a channel method that takes `callback=`
 # costs half the throughput. Reading in large pieces is a private constant of its transport; were it renamed,
 # only speed would be lost (ops/bench shows how much).
 READ_BYTES = 2**18
-TRICKLE_BYTES = 2**12
+TRICKLE_BYTES = 2**14
 pika_io._AsyncTransportBase._MAX_RECV_BYTES = READ_BYTES
 pika_io._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * READ_BYTES
 
