@@ -59,7 +59,7 @@ class Plan:
     out: Path
 
 
-DEFAULT_UPDATES = {"digits": 3000, "mnist": 800}
+DEFAULT_UPDATES = {"digits": 3000, "mnist": 1200}
 
 
 def plan(
