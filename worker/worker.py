@@ -29,7 +29,7 @@ from shared.messages import (
 )
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
-from shared.store.ports import Head, ModelStore
+from shared.store.ports import ModelStore
 from shared.vector import squared_norm
 from worker.outbox import Outbox
 from worker.publisher import Publisher
@@ -77,8 +77,7 @@ class Worker:
             TaskError: the training raised or gave nothing to send.
             SettingsError: this worker cannot serve the job at all; the message says why.
         """
-        head = self._pull()
-        if head is None:
+        if not self._pull():
             return False
         context = self._context()
         started = time.perf_counter()
@@ -152,11 +151,11 @@ class Worker:
     def _done(self) -> bool:
         return bool(self.settings.updates_max) and self.updates_made >= self.settings.updates_max
 
-    def _pull(self) -> Head | None:
+    def _pull(self) -> bool:
         """Load the newest weights if they are newer than what is at hand; one small read when not.
 
-        While the store is away, the worker trains on from the weights it has. Returns None while the job has not
-        started.
+        While the store is away, the worker trains on from the weights it has. Tells whether there are
+        weights to train from: not while the job has not started.
         """
         try:
             head = self._store.head()
@@ -164,7 +163,7 @@ class Worker:
                 self._job = self._store.job()
                 if not self._job:
                     self._not_started()
-                    return None
+                    return False
                 self._base = self._store.model(head.version)
                 self._metrics.pulled_bytes.inc(self._base.data.size)
                 self._version = head.version
@@ -172,18 +171,18 @@ class Worker:
                 log.debug("pulled version %d", head.version)
         except VersionGone as error:  # it was replaced while we pulled: look again
             log.debug("%s", error)
-            return None
+            return False
         except Unavailable as error:
             if self._base is None:
                 raise
             self._say(f"{error}; training on from version {self._version}")
-            return Head(0, self._version, "", "", 0, 0, 0.0)
+            return True
         if head is None:
             self._not_started()
-            return None
+            return False
         self._said = None
         self._metrics.version.set(self._version)
-        return head
+        return True
 
     def _not_started(self) -> None:
         self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")

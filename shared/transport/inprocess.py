@@ -24,7 +24,6 @@ class InProcessBroker:
 
     def __init__(self) -> None:
         self.dead: list[DeadLetter] = []
-        self.published_bytes = 0
         self._queues: dict[str, deque[Outgoing]] = {}
         self._sources: dict[str, list[InProcessSource]] = {}
         self._changed = threading.Condition()
@@ -60,7 +59,6 @@ class InProcessSink:
             if message.job not in broker._queues:
                 raise PublishRefused(f"no queue for job {message.job!r}: no aggregator has started it yet")
             broker._queues[message.job].append(message)
-            broker.published_bytes += len(message.body)
             broker._changed.notify_all()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pika
 import pika.exceptions
 
-from shared.errors import BrokerUnavailable, FedMQError, PublishRefused, PublishUnconfirmed, Reason, SettingsError
+from shared.errors import BrokerUnavailable, PublishRefused, PublishUnconfirmed, Reason, SettingsError
 from shared.messages import CONTENT_TYPE
 from shared.transport.link import Channel, Link, Step, parameters
 from shared.transport.names import (
@@ -340,6 +340,3 @@ def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:
         finally:
             link.close()
     return depths
-
-
-__all__ = ["FedMQError", "RabbitSink", "RabbitSource", "queue_depths"]
