@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.errors import RejectedUpdate
-from shared.messages import Update
+from shared.errors import Reason, RejectedUpdate
+from shared.messages import UPDATE_ID, Update
 from shared.metrics import AggregatorMetrics
 from shared.transport.ports import Delivery
 
@@ -22,6 +22,7 @@ class Account:
 
     entries: list[dict[str, Any]] = field(default_factory=list)
     clients: dict[str, str] = field(default_factory=dict)
+    outcomes: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     created_at: list[float] = field(default_factory=list)
 
     def settle(
@@ -43,6 +44,7 @@ class Account:
             "weight": weight, "version": version, "num_samples": update.num_samples, "bytes": size,
         }  # fmt: skip
         self.entries.append(entry)
+        self.outcomes.setdefault(update.client, []).append((update.update_id, outcome))
         if outcome == DUPLICATE:
             return
         self.clients[update.client] = json.dumps(
@@ -60,6 +62,10 @@ class Account:
         self.entries.append(entry)
         if len(delivery.client) <= 64:
             self.clients[delivery.client] = json.dumps({"seen": now} | entry)
+        own = UPDATE_ID.fullmatch(delivery.update_id)
+        # A client is told only of its own updates, and not what somebody else sent in its name.
+        if own is not None and own[1] == delivery.client and error.reason is not Reason.CLIENT:
+            self.outcomes.setdefault(delivery.client, []).append((delivery.update_id, REJECTED))
 
     def add_to(self, totals: dict[str, int]) -> dict[str, int]:
         """Return the totals after these entries."""

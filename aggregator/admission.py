@@ -50,9 +50,9 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> t
             f"base_version {update.base_version} was never published; newest is {committed_version}",
         )
     codec = codec_of(update.codec.get("name"))
-    limit = codec.payload_bytes(admission.layout.num_params) + ENVELOPE_BYTES_MAX
+    limit = codec.payload_bytes_max(admission.layout) + ENVELOPE_BYTES_MAX
     if len(delivery.body) > limit:
         raise RejectedUpdate(
             Reason.TOO_LARGE, f"message of {len(delivery.body)} bytes; {codec.name} needs at most {limit} here"
         )
-    return update, codec.decode(update.payload, update.codec, admission.layout.num_params)
+    return update, codec.decode(update.payload, update.codec, admission.layout)

@@ -16,6 +16,7 @@ from typing import Any
 
 from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit
+from aggregator.downlink import Downlink
 from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
@@ -32,6 +33,7 @@ from shared.errors import (
 )
 from shared.messages import Update
 from shared.metrics import AggregatorMetrics
+from shared.published import NOTHING
 from shared.store.ports import Commit, StateStore, Stored
 from shared.transport.ports import Delivery, UpdateSource
 from shared.vector import Vector
@@ -72,6 +74,7 @@ class Aggregator:
         self._pending_since = self._committed_at = self.stepped_at = clock.monotonic()
         self._advanced = False
         self.problem: str | None = None
+        self._downlink = Downlink(settings, store)
         self.state = self._adopt(self._load())
         self._admission = Admission(settings.job, self.state.model.layout, settings.update_bytes_max)
 
@@ -200,27 +203,12 @@ class Aggregator:
 
     def _commit(self) -> None:
         """Make everything since the last commit durable in one step, then ack it."""
-        state, now = self.state, self._clock.now()
+        state = self.state
         self._token = self._token or uuid.uuid4().hex  # the same when a commit is repeated: it may have happened
-        arrays = self._rule.arrays if state.buffer else ()
         moved = state.version != state.committed_version
         dropped = self._versions_to_drop() if moved else []
         state.totals, before = self._account.add_to(state.totals), state.totals
-        commit = Commit(
-            expected_revision=state.revision,
-            token=self._token,
-            version=state.version,
-            model=state.model if moved else None,
-            arrays={name: state.arrays[name] for name in arrays},
-            state=small_part(state, self._rule.buffer_kind, arrays),
-            applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
-            applied_floor=self._floor(),
-            ledger=json.dumps(self._account.entries),
-            clients=self._account.clients,
-            meta=self._account.meta(),
-            dropped_versions=dropped,
-            now=now,
-        )
+        commit = self._open_commit(moved, dropped)
         try:
             with self.metrics.commit.time():
                 self._store.commit(commit)
@@ -234,12 +222,35 @@ class Aggregator:
         self._source.ack(self._pending)
         self._committed(moved, dropped)
 
+    def _open_commit(self, moved: bool, dropped: list[int]) -> Commit:
+        """Return everything since the last commit."""
+        state = self.state
+        arrays = self._rule.arrays if state.buffer else ()
+        return Commit(
+            expected_revision=state.revision,
+            token=self._token,
+            version=state.version,
+            model=state.model if moved else None,
+            arrays={name: state.arrays[name] for name in arrays},
+            state=small_part(state, self._rule.buffer_kind, arrays),
+            applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
+            applied_floor=self._floor(),
+            ledger=json.dumps(self._account.entries),
+            clients=self._account.clients,
+            meta=self._account.meta(),
+            dropped_versions=dropped,
+            now=self._clock.now(),
+            outcomes=self._account.outcomes,
+            publication=self._downlink.publish(state.version, state.model) if moved else NOTHING,
+        )
+
     def _committed(self, moved: bool, dropped: list[int]) -> None:
         """Note in memory what is durable now."""
         state = self.state
         state.revision += 1
         if moved:
             state.committed_version = state.version
+            self._downlink.committed(self.metrics)
             state.versions = [v for v in state.versions if v not in dropped] + [state.version]
         self._account.observe(self.metrics, self.settings.job, self._clock.now())
         self.metrics.version.set(state.version)
@@ -284,6 +295,7 @@ class Aggregator:
 
     def _adopt(self, stored: Stored) -> State:
         """Take over a stored state; an open buffer of another kind is refused."""
+        self._downlink.adopt(stored.head)  # first: it reads, and may find no server
         self._forget_pending()
         kind = open_buffer_kind(stored)
         if kind not in (None, self._rule.buffer_kind):
@@ -315,5 +327,5 @@ class Aggregator:
         return {
             "rule": s.rule, "buffer_size": s.buffer_size, "server_lr": s.server_lr, "alpha": s.alpha,
             "staleness": s.staleness, "staleness_max": s.staleness_max, "weight_by_samples": s.weight_by_samples,
-            "codec": s.codec, "update_bytes_max": s.update_bytes_max,
+            "codec": s.codec, "update_bytes_max": s.update_bytes_max, "downlink": s.downlink, "snapshots": s.snapshots,
         }  # fmt: skip

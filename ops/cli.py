@@ -8,7 +8,7 @@ import typer
 from aggregator.__main__ import HELP as AGGREGATOR_HELP
 from aggregator.__main__ import run as run_aggregator
 from shared.command import exit_codes, settings_command
-from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load
+from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load, parse_pairs
 from worker.__main__ import HELP as WORKER_HELP
 from worker.__main__ import run as run_worker
 
@@ -18,6 +18,8 @@ app = typer.Typer(
 )  # fmt: skip
 models_app = typer.Typer(no_args_is_help=True, help="The versions of a job's model.")
 app.add_typer(models_app, name="models")
+codecs_app = typer.Typer(invoke_without_command=True, help="How updates can be compressed.")
+app.add_typer(codecs_app, name="codecs")
 
 StoreUrl = Annotated[str | None, typer.Option(help="Redis URL; FEDMQ_STORE_URL")]
 BrokerUrl = Annotated[str | None, typer.Option(help="RabbitMQ URL; FEDMQ_BROKER_URL")]
@@ -32,7 +34,10 @@ def demo(
     store_url: Annotated[str | None, typer.Option(help="with --servers: use this Redis")] = None,
     updates: Annotated[int | None, typer.Option(help="local trainings in all [default: depends on the task]")] = None,
     workers: Annotated[int, typer.Option(help="number of devices")] = 10,
-    codec: Annotated[str, typer.Option(help="how updates are encoded")] = "int4 | zstd",
+    codec: Annotated[str, typer.Option(help="how updates are encoded; `fedmq codecs` lists them")] = "balanced",
+    downlink: Annotated[
+        str | None, typer.Option(help="off, on or a codec of version deltas [default: on, off with codec none]")
+    ] = None,
     buffer_size: Annotated[int, typer.Option(help="FedBuff's K")] = 10,
     seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the report [default: runs/demo]")] = None,
@@ -40,9 +45,8 @@ def demo(
     """Train a small model with ten workers and look at it: in this process, or on real servers."""
     with exit_codes():
         from ops import demo as main_job
-        from shared.compression import parse
 
-        plan = main_job.plan(task, updates, workers, parse(codec).name, buffer_size, seed, out)
+        plan = main_job.plan(task, updates, workers, codec, downlink, buffer_size, seed, out)
         if (broker_url or store_url) and not servers:
             raise typer.BadParameter("--broker-url and --store-url go with --servers")
         history = main_job.on_servers(plan, broker_url, store_url) if servers else main_job.embedded(plan)
@@ -109,6 +113,31 @@ def bench(
         from ops.bench.main import run
 
         run(params, repeats, out)
+
+
+@codecs_app.callback()
+def codecs(context: typer.Context) -> None:
+    """List the presets and the stages a codec is made of; `try` measures them on your task."""
+    if context.invoked_subcommand is None:
+        with exit_codes():
+            from ops.codecs import show
+
+            show()
+
+
+@codecs_app.command("try")
+def codecs_try(
+    task: Annotated[str, typer.Argument(help="digits, mnist or a file")],
+    codec: Annotated[list[str] | None, typer.Option(help="one more codec to try; may be repeated")] = None,
+    task_settings: Annotated[str, typer.Option(help="for the task, as a=1,b=2 or JSON")] = "",
+    seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="picture of error against bytes")] = Path("runs/codecs.png"),
+) -> None:
+    """Run one local training of a task through each codec: bytes, error, bias, time, and a picture."""
+    with exit_codes():
+        from ops.codecs import try_task
+
+        try_task(task, parse_pairs(task_settings), codec or [], seed, out)
 
 
 @models_app.command("init")

@@ -34,6 +34,7 @@ TRIP_SPREAD = 0.3  # standard deviation of a trip's duration around the worker's
 class _Device:
     worker: Worker
     publisher: Publisher
+    metrics: WorkerMetrics
     mean_trip_s: float
 
 
@@ -123,6 +124,7 @@ class Embedded:
         for commit in self.store.ledger[self._entries_seen :]:
             self.history.add_entries(commit["updates"])
         self._entries_seen = len(self.store.ledger)
+        self.history.pulled(*(sum(column) for column in zip(*(d.metrics.pulled() for d in self._devices), strict=True)))
         self.history.evaluated(self.clock.now(), version, metrics)
 
     def _device(self, settings: WorkerSettings, mean_trip_s: float) -> _Device:
@@ -134,4 +136,4 @@ class Embedded:
             settings.confirm_timeout_s,
         )  # fmt: skip
         worker = Worker(settings, self._task, self.store, outbox, publisher, self.clock, metrics)
-        return _Device(worker, publisher, mean_trip_s)
+        return _Device(worker, publisher, metrics, mean_trip_s)

@@ -17,6 +17,7 @@ class Row:
     updates: int
     staleness_mean: float
     bytes_sent: int
+    bytes_pulled: int
     accuracy: float
     loss: float
 
@@ -32,6 +33,8 @@ class History:
         staleness: of each applied update, in order.
         by_client: client -> applied updates.
         bytes_sent: of all messages that were settled.
+        bytes_pulled: of all models and deltas the workers fetched.
+        pulls: how often they fetched one.
     """
 
     num_params: int
@@ -40,6 +43,8 @@ class History:
     staleness: list[int] = field(default_factory=list)
     by_client: Counter[str] = field(default_factory=Counter)
     bytes_sent: int = 0
+    bytes_pulled: int = 0
+    pulls: int = 0
 
     def add_entries(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Take in ledger entries, in order."""
@@ -50,6 +55,10 @@ class History:
                 self.staleness.append(entry["staleness"])
                 self.by_client[entry["id"].split("/")[0]] += 1
 
+    def pulled(self, size_bytes: int, pulls: int) -> None:
+        """Take in what the workers have fetched so far."""
+        self.bytes_pulled, self.pulls = size_bytes, pulls
+
     def evaluated(self, time_s: float, version: int, metrics: Mapping[str, float]) -> None:
         """Take in one evaluation."""
         recent = self.staleness[-50:]
@@ -59,7 +68,7 @@ class History:
             self.rows.pop()
         self.rows.append(
             Row(
-                time_s, version, len(self.staleness), mean, self.bytes_sent,
+                time_s, version, len(self.staleness), mean, self.bytes_sent, self.bytes_pulled,
                 metrics.get("accuracy", nan), metrics.get("loss", nan),
             )
         )  # fmt: skip
@@ -70,12 +79,18 @@ class History:
         settled = sum(self.outcomes[outcome] for outcome in ("applied", "stale", "duplicate"))
         return settled * 4 * self.num_params / self.bytes_sent if self.bytes_sent else 0.0
 
+    @property
+    def ratio_down(self) -> float:
+        """How many times less was pulled than the same number of float32 models."""
+        return self.pulls * 4 * self.num_params / self.bytes_pulled if self.bytes_pulled else 0.0
+
     def last_line(self) -> str:
         """Say what was reached, in one line."""
         last = self.rows[-1]
         return (
             f"accuracy {last.accuracy:.3f} after {last.version} versions, {last.updates} updates, "
-            f"{self.bytes_sent} bytes sent ({self.ratio:.1f} x smaller than float32)"
+            f"{self.bytes_sent} bytes sent ({self.ratio:.1f} x smaller than float32), "
+            f"{self.bytes_pulled} bytes pulled ({self.ratio_down:.1f} x smaller)"
         )
 
     def save_csv(self, path: Path) -> None:

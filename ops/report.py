@@ -56,6 +56,8 @@ def save(history: History, folder: Path, title: str, settings: dict[str, Any]) -
         "mean staleness": f"{staleness:.2f}",
         "sent by devices": _bytes(history.bytes_sent),
         "smaller than float32": f"{history.ratio:.1f} x",
+        "pulled by devices": _bytes(history.bytes_pulled),
+        "smaller than models": f"{history.ratio_down:.1f} x",
     }
     page = _PAGE.format(
         title=html.escape(title), last_line=html.escape(history.last_line()), ink=_INK, grid=_GRID, blue=_BLUE,
@@ -106,7 +108,10 @@ def curves(history: History) -> bytes:
         full = [4 * history.num_params * row.updates / 1e6 for row in rows]
         sent.plot(updates, full, color="#9aa5b1", linewidth=2, label="as float32")
         sent.plot(updates, [row.bytes_sent / 1e6 for row in rows], color=_BLUE, linewidth=2, label="sent")
-        sent.set(title=f"Sent by the devices: {history.ratio:.1f} x smaller", xlabel="updates applied", ylabel="MB")
+        sent.plot(updates, [row.bytes_pulled / 1e6 for row in rows], color=_ORANGE, linewidth=2, label="pulled")
+        up, down = f"{history.ratio:.1f} x", f"{history.ratio_down:.1f} x"
+        sent.set(title=f"Sent: {up} smaller, pulled: {down} smaller", xlabel="updates applied", ylabel="MB")
+        sent.set_yscale("symlog", linthresh=0.1)
         sent.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)

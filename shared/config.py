@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from shared.compression import parse
+from shared.compression import canonical, downlink_codec
 from shared.errors import SettingsError
 from shared.messages import ID
 
@@ -34,9 +34,17 @@ def _identifier(value: str) -> str:
 
 def _codec(value: str) -> str:
     try:
-        return parse(value).name
+        return canonical(value)
     except SettingsError as error:
         raise ValueError(str(error)) from error
+
+
+def _downlink(value: str) -> str:
+    try:
+        codec = downlink_codec(value)
+    except SettingsError as error:
+        raise ValueError(str(error)) from error
+    return value.strip() if codec is None or value.strip() == "on" else codec.name
 
 
 Identifier = Annotated[str, AfterValidator(_identifier)]
@@ -98,6 +106,12 @@ class AggregatorSettings(Settings):
     update_bytes_max: int = Field(
         16 * 2**20, ge=1024, le=512 * 2**20, description="largest message; RabbitMQ 4 takes 16 MiB by default"
     )
+    downlink: Annotated[str, AfterValidator(_downlink)] = Field(
+        "off", description="send workers compressed differences of versions: off, on, or a codec for them"
+    )
+    snapshots: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what whole models are sent to workers as; bfloat16 rounds the weights they start from"
+    )
     versions_kept: int = Field(5, ge=1, description="newest model versions kept readable")
 
     @field_validator("staleness")
@@ -115,6 +129,11 @@ class AggregatorSettings(Settings):
             given = [f"{PREFIX}{n.upper()}" for n in names if n in self.model_fields_set]
             if rule != self.rule and given:
                 problems.append(f"{', '.join(given)} belongs to rule {rule}, but FEDMQ_RULE={self.rule}")
+        if self.rule == "fedasync" and (self.downlink != "off" or self.snapshots != "float32"):
+            problems.append(
+                f"FEDMQ_DOWNLINK={self.downlink} and FEDMQ_SNAPSHOTS={self.snapshots} do not go with rule fedasync: it "
+                "needs the very weights each worker started from, which are the stored versions only without them"
+            )
         if self.commit_interval_s > self.commit_age_max_s:
             problems.append(
                 f"FEDMQ_COMMIT_INTERVAL_S={self.commit_interval_s:g} exceeds "
@@ -133,7 +152,7 @@ class WorkerSettings(Settings):
     task_settings: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description="for the task, as a=1,b=2 or JSON"
     )
-    state_dir: Path = Field(Path("~/.local/state/fedmq"), description="folder of the outbox")
+    state_dir: Path = Field(Path("~/.local/state/fedmq"), description="folder of the outbox and the residual")
     outbox_updates_max: int = Field(100, ge=1, description="unconfirmed updates kept before training pauses")
     outbox_bytes_max: int = Field(2**28, ge=2**16, description="the same in bytes")
     confirm_timeout_s: float = Field(60.0, gt=0, description="longest wait for the broker's confirm, seconds")

@@ -106,6 +106,10 @@ class Layout:
         fields: list[dict[str, Any]] = json.loads(text)["tensors"]
         return cls(tuple(TensorSpec(**{**field, "shape": tuple(field["shape"])}) for field in fields))
 
+    def __hash__(self) -> int:
+        """Hash the layout hash: computed once, however many tensors there are."""
+        return hash(self.hash)
+
     @cached_property
     def json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""

@@ -11,6 +11,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
+from prometheus_client.samples import Sample
 
 from shared.errors import SettingsError
 
@@ -39,6 +40,9 @@ class AggregatorMetrics:
         )
         self.decode = Histogram("fedmq_decode_seconds", "Decode, check and fold", buckets=_SECONDS, registry=r)
         self.commit = Histogram("fedmq_commit_seconds", "One durable commit", buckets=_SECONDS, registry=r)
+        self.published_bytes = Counter(
+            "fedmq_published_bytes", "Bytes published for workers beside the model", ["kind"], registry=r
+        )
         self.version = Gauge("fedmq_model_version", "Newest committed model version", registry=r)
         self.buffered = Gauge("fedmq_buffer_updates", "Updates in the open buffer", registry=r)
 
@@ -54,8 +58,23 @@ class WorkerMetrics:
         self.version = Gauge("fedmq_worker_model_version", "Version last trained from", registry=r)
         self.published = Counter("fedmq_worker_published", "Publishes by outcome", ["outcome"], registry=r)
         self.sent_bytes = Counter("fedmq_worker_sent_bytes", "Bytes of confirmed updates", registry=r)
-        self.pulled_bytes = Counter("fedmq_worker_pulled_bytes", "Bytes of pulled models", registry=r)
+        self.pulled_bytes = Counter("fedmq_worker_pulled_bytes", "Bytes of pulled models and deltas", registry=r)
+        self.pulls = Counter("fedmq_worker_pulls", "Pulls by how the weights came", ["how"], registry=r)
+        self.mismatches = Counter(
+            "fedmq_worker_downlink_mismatches", "Pulled weights of another hash than announced", registry=r
+        )
         self.failures = Counter("fedmq_worker_task_failures", "Trainings that gave no update", registry=r)
+        self.residual_norm = Gauge("fedmq_worker_residual_norm", "L2 norm of the residual", registry=r)
+        self.returned = Counter("fedmq_worker_returned", "Refused updates taken back into the residual", registry=r)
+
+    def pulled(self) -> tuple[int, int]:
+        """Return what was pulled so far: bytes, and how often."""
+        bytes_pulled = sum(s.value for s in _totals(self.pulled_bytes))
+        return int(bytes_pulled), int(sum(s.value for s in _totals(self.pulls)))
+
+
+def _totals(counter: Counter) -> list[Sample]:
+    return [sample for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total")]
 
 
 class EvaluatorMetrics:
@@ -71,12 +90,13 @@ NAMES = {
     "aggregator": (
         "fedmq_updates_total", "fedmq_updates_rejected_total", "fedmq_update_staleness_versions",
         "fedmq_update_bytes", "fedmq_update_latency_seconds", "fedmq_decode_seconds", "fedmq_commit_seconds",
-        "fedmq_model_version", "fedmq_buffer_updates",
+        "fedmq_published_bytes_total", "fedmq_model_version", "fedmq_buffer_updates",
     ),
     "worker": (
         "fedmq_worker_train_seconds", "fedmq_worker_outbox_updates", "fedmq_worker_model_version",
         "fedmq_worker_published_total", "fedmq_worker_sent_bytes_total", "fedmq_worker_pulled_bytes_total",
-        "fedmq_worker_task_failures_total",
+        "fedmq_worker_pulls_total", "fedmq_worker_downlink_mismatches_total",
+        "fedmq_worker_task_failures_total", "fedmq_worker_residual_norm", "fedmq_worker_returned_total",
     ),
     "evaluator": ("fedmq_evaluation", "fedmq_evaluated_version"),
 }  # fmt: skip

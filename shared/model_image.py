@@ -42,8 +42,7 @@ class ModelImage:
 
     def __init__(self, layout: Layout) -> None:
         """Make an image with all weights and kept tensors zero."""
-        header = _header(layout)
-        wide = sum(t.size * 8 for t in layout.kept if KEPT_BYTES[t.dtype] == 8)
+        header, wide = file_header(layout), wide_bytes(layout)
         start = len(header) + wide
         self.layout = layout
         self.data: npt.NDArray[np.uint8] = np.zeros(start + 4 * layout.num_params + layout.kept_bytes - wide, np.uint8)
@@ -91,15 +90,7 @@ class ModelImage:
             ValueError: the pieces are not a file of this layout.
         """
         image = cls(layout)
-        header = image.data[: image._header_bytes].tobytes()
-        position = 0
-        for chunk in chunks:
-            if position + len(chunk) > image.data.size:
-                raise ValueError(f"more than the {image.data.size} bytes a model of this layout has")
-            image.data[position : position + len(chunk)] = np.frombuffer(chunk, np.uint8)
-            position += len(chunk)
-        if position != image.data.size or image.data[: image._header_bytes].tobytes() != header:
-            raise ValueError(f"{position} bytes that are not a model of this layout ({image.data.size} bytes)")
+        fill_file(image.data, chunks, file_header(layout))
         return image
 
     def copy(self) -> "ModelImage":
@@ -114,9 +105,8 @@ class ModelImage:
         return hashlib.sha256(self.data.data).hexdigest()
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the file in pieces of at most 64 MiB; views, not copies."""
-        for start in range(0, self.data.size, CHUNK_BYTES):
-            yield self.data[start : start + CHUNK_BYTES].data
+        """Return the file in pieces of at most 64 MiB; views, not copies."""
+        return cut(self.data)
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """Return name -> array: views, floats as float32, kept tensors in their own type."""
@@ -141,21 +131,52 @@ class ModelImage:
 
 def chunk_count(layout: Layout) -> int:
     """Return how many pieces `chunks` yields for a model of this layout."""
-    size = len(_header(layout)) + 4 * layout.num_params + layout.kept_bytes
-    return -(-size // CHUNK_BYTES)
+    return piece_count(len(file_header(layout)) + 4 * layout.num_params + layout.kept_bytes)
 
 
-@lru_cache(maxsize=8)
-def _header(layout: Layout) -> bytes:
+def cut(stored: npt.NDArray[np.uint8]) -> Iterator[memoryview]:
+    """Yield bytes in pieces of at most 64 MiB; views, not copies."""
+    for start in range(0, stored.size, CHUNK_BYTES):
+        yield stored[start : start + CHUNK_BYTES].data
+
+
+def piece_count(size_bytes: int) -> int:
+    """Return how many pieces `cut` yields for so many bytes."""
+    return -(-size_bytes // CHUNK_BYTES)
+
+
+def fill_file(file: npt.NDArray[np.uint8], pieces: Iterable[bytes], header: bytes) -> None:
+    """Write the pieces of a stored file into `file`, in place.
+
+    Raises:
+        ValueError: they are not as long as `file`, or do not begin with `header`.
+    """
+    position = 0
+    for piece in pieces:
+        if position + len(piece) > file.size:
+            raise ValueError(f"more than the {file.size} bytes a model of this layout has")
+        file[position : position + len(piece)] = np.frombuffer(piece, np.uint8)
+        position += len(piece)
+    if position != file.size or file[: len(header)].tobytes() != header:
+        raise ValueError(f"{position} bytes that are not a model of this layout ({file.size} bytes)")
+
+
+def wide_bytes(layout: Layout) -> int:
+    """Return the size of the kept tensors of 8 bytes an element, which lie before the weights."""
+    return sum(t.size * 8 for t in layout.kept if KEPT_BYTES[t.dtype] == 8)
+
+
+@lru_cache(maxsize=16)
+def file_header(layout: Layout, bfloat16: bool = False) -> bytes:
     """Write the safetensors header; the layout alone decides it, so every version of a job has the same."""
-    wide = sum(t.size * 8 for t in layout.kept if KEPT_BYTES[t.dtype] == 8)
+    wide, width, averaged = wide_bytes(layout), 2 if bfloat16 else 4, "BF16" if bfloat16 else "F32"
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", "layout": layout.hash}}
     for spec in layout.tensors:
         if spec.dtype in FLOAT_BYTES:
-            dtype, start, size = "F32", wide + 4 * spec.offset, 4 * spec.size
+            dtype, start, size = averaged, wide + width * spec.offset, width * spec.size
         else:
             dtype, size = _SAFETENSORS_DTYPES[spec.dtype], spec.size * KEPT_BYTES[spec.dtype]
-            start = spec.offset if spec.offset < wide else spec.offset + 4 * layout.num_params
+            start = spec.offset if spec.offset < wide else spec.offset + width * layout.num_params
         entries[spec.name] = {"dtype": dtype, "shape": spec.shape, "data_offsets": [start, start + size]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the weights start at a multiple of 8

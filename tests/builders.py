@@ -45,7 +45,7 @@ def model_of(vector: Vector) -> ModelImage:
 
 def update_of(delta: Vector, codec: str = "float32", seed: int = 0, **changes: Any) -> Update:
     """Return a valid update of a one-tensor model; its client is the first part of its id."""
-    encoded = parse(codec).encode(delta, np.random.default_rng(seed))
+    encoded = parse(codec).encode(delta, model_of(delta).layout, np.random.default_rng(seed))
     update = Update(
         job=JOB, client="a", update_id="a/i/0", base_version=0, num_samples=1, num_steps=1,
         layout=model_of(delta).layout.hash, codec={"name": codec, **encoded.params}, payload=encoded.payload,

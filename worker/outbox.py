@@ -1,20 +1,28 @@
 """The outbox: finished updates on disk until the broker has confirmed them.
 
-One file an update, `<sequence>.update`, written under another name, synced and renamed: it is there whole or not
-at all, also after a power cut. `outbox.json` holds the incarnation - new whenever there is no outbox - and the next
-sequence number, which never repeats within it. A lock file keeps a second worker out.
+Those that carry a residual stay until the store says what became of them. One file an update:
+
+    <sequence>.update        waits for the broker's confirm, then it goes
+    <sequence>.staged        made with a residual that is not on disk yet: see residual.py
+    <sequence>.kept.update   the same once the residual is; waits for the broker's confirm
+    <sequence>.sent          confirmed; its mass comes back into the residual should the server refuse it
+
+`outbox.json` holds the incarnation - new whenever there is no outbox - and the next sequence number, which never
+repeats within it.
 """
 
-import fcntl
 import json
-import os
 import threading
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from shared.errors import SettingsError
+from worker.folder import Folder
+
+STATE = "outbox.json"
+UPDATE, STAGED, KEPT, SENT = ".update", ".staged", ".kept.update", ".sent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,104 +38,168 @@ class Waiting:
 
 
 class Outbox:
-    """The unconfirmed updates of one worker, oldest first. Used by one writing and one publishing thread.
+    """The unconfirmed and the unsettled updates of one worker. Used by one training and one publishing thread.
 
     Args:
         folder: where it lives; made when missing.
         client: the worker's id.
-        updates_max: it is full with so many.
-        bytes_max: or with so many bytes.
+        updates_max: it is full with so many that wait; beyond so many sent ones the oldest is not kept any longer.
+        bytes_max: the same in bytes.
         sync: make every file survive a power cut; a simulation has no need.
+
+    Raises:
+        SettingsError: the folder cannot be used, or another worker does.
     """
 
     def __init__(self, folder: Path, client: str, updates_max: int, bytes_max: int, sync: bool = True) -> None:
-        self._folder, self._client = folder, client
-        self._updates_max, self._bytes_max, self._sync = updates_max, bytes_max, sync
+        self.client = client
+        self._updates_max, self._bytes_max = updates_max, bytes_max
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
-            for leftover in folder.glob("*.new"):
-                leftover.unlink()
-            self._state = folder / "outbox.json"
-            known = json.loads(self._state.read_text()) if self._state.exists() else {}
+            self.folder = Folder(folder, sync)
+            state = folder / STATE
+            known = json.loads(state.read_text()) if state.exists() else {}
             self.incarnation: str = known.get("incarnation") or uuid.uuid4().hex[:12]
-            self.next_sequence = max([int(known.get("next_sequence", 0)), *(s + 1 for s in self._sequences())])
-            self._write(self._state, self._state_text())
+            found = [_sequence(path) + 1 for path in folder.glob("[0-9]*.*")]
+            self.next_sequence = max([int(known.get("next_sequence", 0)), *found])
+            self._write_state()
+            self._waiting = {_sequence(p): (p.name, p.stat().st_size) for p in folder.glob(f"[0-9]*{UPDATE}")}
+            self._sent = {_sequence(p): p.stat().st_size for p in folder.glob(f"[0-9]*{SENT}")}
         except (OSError, ValueError, TypeError, AttributeError) as error:  # also an outbox.json of another shape
             raise SettingsError(f"the outbox {folder} cannot be used: {error}") from error
-        self._sizes = {s: self._path(s).stat().st_size for s in self._sequences()}
-        self._guard = threading.Lock()  # of _sizes: the publishing thread removes, the training thread puts
+        self._guard = threading.Lock()  # of both: the publishing thread confirms, the training thread does the rest
 
     def next_id(self) -> str:
-        """Return the id of the update that `put` will store next."""
-        return f"{self._client}/{self.incarnation}/{self.next_sequence}"
+        """Return the id of the update that `put` or `stage` will store next."""
+        return self._id(self.next_sequence)
 
     def put(self, body: bytes) -> None:
-        """Store an encoded update made under `next_id`."""
-        sequence = self.next_sequence
-        self.next_sequence += 1
-        self._write(self._state, self._state_text())  # first: a number is never used twice
-        self._write(self._path(sequence), body)
-        with self._guard:
-            self._sizes[sequence] = len(body)
+        """Store an encoded update made under `next_id`, to be published."""
+        self._wait(self._store(UPDATE, body), UPDATE, len(body))
+
+    def stage(self, body: bytes) -> int:
+        """Store an encoded update made under `next_id`, not to be published yet; return its sequence number."""
+        return self._store(STAGED, body)
+
+    def release(self, sequence: int) -> None:
+        """Let a staged update be published, and keep it until its outcome is known."""
+        self.folder.rename(_name(sequence, STAGED), _name(sequence, KEPT))
+        self._wait(sequence, KEPT, self._path(sequence, KEPT).stat().st_size)
+
+    def recover(self, made: int | None, returned: Collection[int]) -> None:
+        """Bring the files in line with the residual on disk, after a crash between the two.
+
+        Args:
+            made: the last update the residual accounts for, -1 for none: a staged one up to here is released, a later
+                one never happened. None when the residual is lost: then what a staged one holds is better sent.
+            returned: sent updates whose mass the residual holds again.
+        """
+        for path in sorted(self.folder.path.glob(f"[0-9]*{STAGED}")):
+            if made is None or _sequence(path) <= made:
+                self.release(_sequence(path))
+            else:
+                self.folder.remove(path.name)
+        self.forget(returned, durable=True)
+        self.next_sequence = max(self.next_sequence, (-1 if made is None else made) + 1)
 
     def oldest(self) -> Waiting | None:
         """Return the update to publish next, None when all are confirmed."""
         with self._guard:
-            sequence = min(self._sizes, default=None)
-        if sequence is None:
-            return None
-        return Waiting(f"{self._client}/{self.incarnation}/{sequence}", self._path(sequence))
+            sequence = min(self._waiting, default=None)
+            if sequence is None:
+                return None
+            return Waiting(self._id(sequence), self.folder.path / self._waiting[sequence][0])
+
+    def confirm(self, waiting: Waiting) -> None:
+        """Note that the broker has an update: it goes, or is kept until its outcome is known."""
+        if not waiting.path.name.endswith(KEPT):
+            self.remove(waiting)
+            return
+        sequence = _sequence(waiting.path)
+        self.folder.rename(waiting.path.name, _name(sequence, SENT))
+        with self._guard:
+            self._sent[sequence] = self._waiting.pop(sequence, ("", 0))[1]
 
     def remove(self, waiting: Waiting) -> None:
-        """Forget a confirmed update."""
-        waiting.path.unlink(missing_ok=True)
+        """Forget an update that waits. A power cut may bring it back: then the server drops it as a duplicate."""
+        self.folder.remove(waiting.path.name)
         with self._guard:
-            self._sizes.pop(int(waiting.path.stem), None)
+            self._waiting.pop(_sequence(waiting.path), None)
+
+    def unsettled(self) -> dict[str, int]:
+        """Return update_id -> sequence of the updates whose outcome matters, confirmed or not."""
+        with self._guard:
+            kept = [sequence for sequence, (name, _) in self._waiting.items() if name.endswith(KEPT)]
+            return {self._id(sequence): sequence for sequence in sorted([*kept, *self._sent])}
+
+    def sent(self) -> list[int]:
+        """Return the numbers of the updates that are confirmed and not settled, oldest first."""
+        with self._guard:
+            return sorted(self._sent)
+
+    def sent_body(self, sequence: int) -> bytes:
+        """Read a sent update."""
+        return self._path(sequence, SENT).read_bytes()
+
+    def surplus(self, settled: Collection[int]) -> list[int]:
+        """Return the oldest sent updates beyond the limits, not counting the `settled` ones."""
+        with self._guard:
+            sizes = {sequence: self._sent[sequence] for sequence in sorted(self._sent) if sequence not in settled}
+        surplus: list[int] = []
+        while len(sizes) > self._updates_max or sum(sizes.values()) > self._bytes_max:
+            surplus.append(min(sizes))
+            del sizes[surplus[-1]]
+        return surplus
+
+    def forget(self, sequences: Collection[int], durable: bool = False) -> None:
+        """Forget sent updates.
+
+        Args:
+            sequences: their numbers.
+            durable: a power cut must not bring them back.
+        """
+        self.folder.remove(*(_name(sequence, SENT) for sequence in sequences), durable=durable)
+        with self._guard:
+            for sequence in sequences:
+                self._sent.pop(sequence, None)
 
     def is_full(self) -> bool:
         """Tell whether training should pause."""
         with self._guard:
-            return len(self._sizes) >= self._updates_max or sum(self._sizes.values()) >= self._bytes_max
+            size = sum(size for _, size in self._waiting.values())
+            return len(self._waiting) >= self._updates_max or size >= self._bytes_max
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return len(self._waiting)
 
     def close(self) -> None:
         """Let another worker have it."""
-        self._lock.close()
+        self.folder.close()
 
-    def _take_lock(self) -> IO[str]:
-        lock = (self._folder / "lock").open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise SettingsError(
-                f"the outbox {self._folder} is in use by another worker: give each its own --client-id or --state-dir"
-            ) from error
-        return lock
+    def _store(self, suffix: str, body: bytes) -> int:
+        sequence = self.next_sequence
+        self.next_sequence += 1
+        self._write_state()  # first: a number is never used twice
+        self.folder.write(_name(sequence, suffix), body)
+        return sequence
 
-    def _sequences(self) -> list[int]:
-        return sorted(int(path.stem) for path in self._folder.glob("*.update"))
+    def _wait(self, sequence: int, suffix: str, size: int) -> None:
+        with self._guard:
+            self._waiting[sequence] = (_name(sequence, suffix), size)
 
-    def _path(self, sequence: int) -> Path:
-        return self._folder / f"{sequence:012d}.update"
+    def _id(self, sequence: int) -> str:
+        return f"{self.client}/{self.incarnation}/{sequence}"
 
-    def _state_text(self) -> bytes:
-        return json.dumps({"incarnation": self.incarnation, "next_sequence": self.next_sequence}).encode()
+    def _path(self, sequence: int, suffix: str) -> Path:
+        return self.folder.path / _name(sequence, suffix)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(data)
-            if self._sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if self._sync:
-            folder = os.open(self._folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    def _write_state(self) -> None:
+        state = {"incarnation": self.incarnation, "next_sequence": self.next_sequence}
+        self.folder.write(STATE, json.dumps(state).encode())
+
+
+def _name(sequence: int, suffix: str) -> str:
+    return f"{sequence:012d}{suffix}"
+
+
+def _sequence(path: Path) -> int:
+    return int(path.name.split(".")[0])

@@ -1,4 +1,4 @@
-"""The publisher's loop: oldest update of the outbox -> broker -> confirmed -> forgotten."""
+"""The publisher's loop: oldest update of the outbox -> broker -> confirmed -> forgotten, or kept until settled."""
 
 import logging
 import threading
@@ -52,7 +52,7 @@ class Publisher:
             raise
         finally:
             self._metrics.published.labels(outcome).inc()
-        self._outbox.remove(waiting)
+        self._outbox.confirm(waiting)
         self._metrics.sent_bytes.inc(len(body))
         self._metrics.outbox.set(len(self._outbox))
         self.problem = None

@@ -1,6 +1,6 @@
 """The worker's loop.
 
-pull -> train -> delta -> compress -> encode -> outbox        (publishing: see publisher.py)
+pull -> train -> delta -> + residual -> compress -> encode -> outbox        (publishing: see publisher.py)
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shared.clock import Clock
-from shared.compression import parse
+from shared.compression import AUTO, parse
 from shared.config import WorkerSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
 from shared.layout import difference
@@ -29,10 +29,13 @@ from shared.messages import (
 )
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
-from shared.store.ports import ModelStore
+from shared.store.ports import WorkerStore
 from shared.vector import squared_norm
+from worker.auto import FIRST, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
+from worker.replica import Replica
+from worker.residual import Residual
 from worker.task import Context, Model, Task, TrainResult, read, write
 
 log = logging.getLogger("fedmq.worker")
@@ -55,17 +58,18 @@ class Worker:
     """
 
     def __init__(
-        self, settings: WorkerSettings, task: Task, store: ModelStore, outbox: Outbox, publisher: Publisher,
+        self, settings: WorkerSettings, task: Task, store: WorkerStore, outbox: Outbox, publisher: Publisher,
         clock: Clock, metrics: WorkerMetrics,
     ) -> None:  # fmt: skip
         self.settings, self.stop = settings, threading.Event()
         self.updates_made = 0
         self._task, self._store, self._outbox, self._publisher = task, store, outbox, publisher
         self._clock, self._metrics = clock, metrics
+        self._auto = AutoCodec()
+        self._residual = Residual(outbox, store, metrics)
         self._model: Model = None
         self._own: ModelImage | None = None  # this task's own model, for its layout
-        self._base: ModelImage | None = None  # what the model was last loaded from
-        self._version = -1
+        self._replica = Replica(store, metrics)  # what the model is loaded from
         self._job: dict[str, Any] = {}
         self._said: str | None = None
 
@@ -84,7 +88,11 @@ class Worker:
         result, delta = self._train(context)
         train_seconds = time.perf_counter() - started
         self._metrics.train.observe(train_seconds)
-        encoded = parse(self._job["codec"]).encode(delta, np.random.default_rng(context.seed))
+        name, horizon = self._job["codec"], int(self._job["staleness_max"])
+        automatic = name == AUTO
+        codec = self._auto.codec(delta, self._image.layout, train_seconds, context.seed) if automatic else parse(name)
+        rng = np.random.default_rng(context.seed)
+        encoded = self._residual.encode(codec, delta, self._image.layout, self._version, horizon, rng)
         update = Update(
             job=self.settings.job,
             client=self.settings.client_id,
@@ -93,13 +101,13 @@ class Worker:
             num_samples=result.num_samples,
             num_steps=result.num_steps,
             layout=self._image.layout.hash,
-            codec={"name": parse(self._job["codec"]).name, **encoded.params},
+            codec={"name": codec.name, **encoded.params},
             payload=encoded.payload,
             metrics=dict(result.metrics),
             train_seconds=train_seconds,
             created_at=self._clock.now(),
         )
-        self._outbox.put(encode(update))
+        self._residual.put(encode(update))
         self.updates_made += 1
         self._metrics.outbox.set(len(self._outbox))
         self._publisher.wake.set()
@@ -164,10 +172,7 @@ class Worker:
                 if not self._job:
                     self._not_started()
                     return False
-                self._base = self._store.model(head.version)
-                self._metrics.pulled_bytes.inc(self._base.data.size)
-                self._version = head.version
-                self._check(self._base)
+                self._check(self._replica.pull(head))
                 log.debug("pulled version %d", head.version)
         except VersionGone as error:  # it was replaced while we pulled: look again
             log.debug("%s", error)
@@ -186,7 +191,17 @@ class Worker:
 
     def _not_started(self) -> None:
         self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")
-        self._version = -1
+        self._replica.forget()
+
+    @property
+    def _base(self) -> ModelImage | None:
+        """The weights to train from."""
+        return self._replica.image
+
+    @property
+    def _version(self) -> int:
+        """Their version; -1 while there are none."""
+        return self._replica.version
 
     @property
     def _image(self) -> ModelImage:
@@ -204,10 +219,11 @@ class Worker:
                 f"task {self._task.name} does not fit job {self.settings.job!r}: {difference(mine, theirs)}"
             )
         limit = int(self._job["update_bytes_max"])
-        size = parse(self._job["codec"]).payload_bytes(theirs.num_params) + ENVELOPE_BYTES_MAX
+        name = self._job["codec"]
+        size = parse(FIRST if name == AUTO else name).payload_bytes_max(theirs) + ENVELOPE_BYTES_MAX
         if size > limit:
             raise SettingsError(
-                f"an update of {theirs.num_params} parameters as {self._job['codec']} may take {size} bytes, the job's "
+                f"an update of {theirs.num_params} parameters as {name} may take {size} bytes, the job's "
                 f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise "
                 "FEDMQ_UPDATE_BYTES_MAX (and max_message_size of RabbitMQ)"
             )

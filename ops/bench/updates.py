@@ -11,19 +11,20 @@ CODEC = "int8"
 
 
 def model_of(num_params: int) -> ModelImage:
-    """Return a model of one tensor, all zero."""
-    return ModelImage.of({"weights": np.zeros(num_params, np.float32)})
+    """Return a model of one matrix, all zero."""
+    return ModelImage.of({"weights": np.zeros((num_params // 100, 100), np.float32)})
 
 
 def encoded_update(model: ModelImage, sequence: int, base_version: int = 0, codec: str = CODEC) -> tuple[str, bytes]:
     """Return update_id and body of one update with a random delta; the same sequence gives the same bytes."""
     rng = np.random.default_rng(sequence)
     delta = rng.standard_normal(model.layout.num_params, np.float32) * np.float32(1e-3)
-    encoded = parse(codec).encode(delta, rng)
+    chosen = parse(codec)
+    encoded = chosen.encode(delta, model.layout, rng)
     update_id = f"bench/0/{sequence}"
     update = Update(
         job=JOB, client="bench", update_id=update_id, base_version=base_version, num_samples=100, num_steps=10,
-        layout=model.layout.hash, codec={"name": codec, **encoded.params}, payload=encoded.payload, metrics={},
+        layout=model.layout.hash, codec={"name": chosen.name, **encoded.params}, payload=encoded.payload, metrics={},
         train_seconds=1.0, created_at=0.0,
     )  # fmt: skip
     return update_id, encode(update)

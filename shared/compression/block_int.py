@@ -1,13 +1,16 @@
-"""int8 and int4: blocks of 256 elements share one float16 scale.
+"""int8, int4, int2: blocks of 256 values share one float16 scale.
 
-    delta[i] ~ q[i] * s[block of i] * scale          q in [-L, L], L = 127 or 7
+    x[i] ~ q[i] * s[block of i] * scale          q in [-L, L], L = 127, 7 or 1
 
-`scale` (a parameter, float32) is max|delta| / L over the whole vector; the float16 block scales are relative
-to it, in [0, 1], so that neither tiny nor huge deltas leave float16's range. A block scale is rounded up, so
-no element is clipped and stochastic rounding is unbiased: E[q] = delta / (s * scale).
+`scale` (a parameter) is the largest block step, the float16 block scales are relative to it, in [0, 1], so that
+neither tiny nor huge deltas leave float16's range. They are rounded up: with step = max|x| / L of the block no
+value is clipped and stochastic rounding is unbiased, E[q] = x / step.
 
-Payload: float16 scales [ceil(n / 256)], then the integers. int4 puts two in a byte: within a block of 256 (the
-last one padded), byte j holds element j in its low and element j + 128 in its high half, each plus 8.
+`int2(nearest)` would waste its two levels on the block's maximum: its step is 1.224 RMS of the block, Lloyd's for three
+levels and a Gaussian; beyond it values are clipped. A nearest level is never farther than zero, so it contracts.
+
+Payload: float16 scales [ceil(n / 256)], then the integers. Narrow ones share a byte: of a block of 256 (the last one
+padded) byte j holds elements j, j + 256 / per byte, ... from the low bits up, each plus L + 1.
 
 Source: max-norm block quantisation, algorithms table "int-b block"; QSGD's stochastic rounding, arXiv:1610.02132.
 """
@@ -18,128 +21,165 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shared.compression.codec import Encoded, Params, check_size
+from shared.compression.codec import Params
+from shared.compression.quantizer import Quantized, Written, dither, exactly, read_scale
+from shared.compression.tensors import Indices, Values
 from shared.errors import Reason, RejectedUpdate
 from shared.vector import Vector
 
 BLOCK = 256  # elements that share a scale
-_SLAB = 512  # blocks handled at once: 128k elements, their float32 scratch stays in the L2 cache
-_HALF = np.float32(0.5)
+TINY = 1e-30  # a vector with no larger step is zero: its reciprocal would overflow
+THREE_LEVELS = 1.224  # Lloyd-Max step of a three-level quantizer, in standard deviations of a Gaussian
 
-Integers = npt.NDArray[np.integer[Any]]  # int8, or uint8 for the packed halves
+Integers = npt.NDArray[np.integer[Any]]  # int8, or uint8 for narrow ones
 
 
 @dataclass(frozen=True, slots=True)
 class BlockInts:
-    """A decoded delta: integers and the factor of each block, both views into the message or small."""
+    """Decoded blocks: integers and the factor of each block, both views into the message or small."""
 
-    integers: Integers  # int8 [n], or uint8 [blocks * 128] for int4
+    integers: Integers  # int8 [n], or uint8 [blocks * 256 * bits / 8]
     factors: Vector  # float32 [blocks]
     bits: int
-    num_params: int
 
-    def add_into(self, total: Vector, weight: float) -> None:
-        """Add `weight * delta` to `total` in place, a slab at a time."""
-        factors = (self.factors * np.float32(weight))[:, None]
-        whole = self.num_params // BLOCK
-        rows = total[: whole * BLOCK].reshape(-1, BLOCK)
-        scratch = np.empty((min(_SLAB, len(factors)), BLOCK), np.float32)
-        for start in range(0, whole, _SLAB):
-            stop = min(start + _SLAB, whole)
-            block = scratch[: stop - start]
-            self._inflate(start, stop, factors, block)
-            np.add(rows[start:stop], block, out=rows[start:stop])
-        tail = self.num_params - whole * BLOCK
-        if tail:
-            self._inflate(whole, whole + 1, factors, scratch[:1])
-            total[whole * BLOCK :] += scratch[0, :tail]
+    def inflate(self, start: int, stop: int, weight: float, out: Vector) -> None:
+        """Multiply each block by its factor."""
+        whole = (stop - start) // BLOCK
+        first = start // BLOCK
+        factors = self.factors[first : first + whole + 1] * np.float32(weight)
+        if whole:
+            self._blocks(start, whole, factors[:whole, None], out[: whole * BLOCK].reshape(-1, BLOCK))
+        if tail := stop - start - whole * BLOCK:
+            last = np.empty((1, BLOCK), np.float32)
+            self._blocks(start + whole * BLOCK, 1, factors[whole:, None], last, tail)
+            out[whole * BLOCK :] = last[0, :tail]
 
-    def _inflate(self, start: int, stop: int, factors: Vector, out: Vector) -> None:
-        """Write blocks `start` to `stop` as float32 into `out` [stop - start, 256]."""
+    def _blocks(self, start: int, count: int, factors: Vector, out: Vector, tail: int = BLOCK) -> None:
         if self.bits == 8:
-            integers = self.integers[start * BLOCK : stop * BLOCK]
-            if integers.size < (stop - start) * BLOCK:  # the last block of a vector that 256 does not divide
-                np.multiply(integers, factors[start], out=out[0, : integers.size])
+            integers = self.integers[start : start + (count - 1) * BLOCK + tail]
+            if tail == BLOCK:
+                np.multiply(integers.reshape(-1, BLOCK), factors, out=out)
             else:
-                np.multiply(integers.reshape(-1, BLOCK), factors[start:stop], out=out)
+                np.multiply(integers, factors[0], out=out[0, :tail])
             return
-        pairs = self.integers[start * (BLOCK // 2) : stop * (BLOCK // 2)].reshape(-1, BLOCK // 2)
-        np.subtract(pairs & 15, 8, out=out[:, : BLOCK // 2], dtype=np.int8, casting="unsafe")
-        np.subtract(pairs >> 4, 8, out=out[:, BLOCK // 2 :], dtype=np.int8, casting="unsafe")
-        np.multiply(out, factors[start:stop], out=out)
+        per, offset = 8 // self.bits, 2 ** (self.bits - 1)
+        width = BLOCK // per
+        packed = self.integers[start // per : start // per + count * width].reshape(-1, width)
+        for part in range(per):
+            codes = (packed >> (self.bits * part)) & (2**self.bits - 1)
+            np.subtract(codes, offset, out=out[:, part * width : (part + 1) * width], dtype=np.int8, casting="unsafe")
+        np.multiply(out, factors, out=out)
 
 
 @dataclass(frozen=True, slots=True)
-class BlockIntCodec:
-    """Integers of 8 or 4 bits; rounding is `stochastic` (unbiased) or `nearest` (smaller error, biased)."""
+class BlockIntQuantizer:
+    """Integers of 8, 4 or 2 bits; rounding is `stochastic` (unbiased) or `nearest` (smaller error, biased)."""
 
     bits: int
     rounding: str
 
     @property
     def name(self) -> str:
-        """The wire name; rounding is the encoder's affair but told, so that a ledger can be read."""
+        """The rounding is the encoder's affair but told, so that a ledger can be read."""
         return f"int{self.bits}" if self.rounding == "stochastic" else f"int{self.bits}({self.rounding})"
 
     @property
+    def unbiased(self) -> bool:
+        """Stochastic rounding is."""
+        return self.rounding == "stochastic"
+
+    @property
+    def contraction(self) -> bool:
+        """All but stochastic int2: its variance is up to 7 times the squared norm (4 bits: 0.75, 8 bits: 0.004)."""
+        return self.bits > 2 or self.rounding == "nearest"
+
+    @property
     def levels(self) -> int:
-        """Largest integer: 127 or 7."""
+        """Largest integer: 127, 7 or 1."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def payload_bytes(self, num_params: int) -> int:
-        """Return the exact payload size."""
-        blocks = -(-num_params // BLOCK)
-        return 2 * blocks + (num_params if self.bits == 8 else blocks * BLOCK // 2)
+    def bytes_max(self, count: int, tensors: int) -> int:
+        """Return the exact size."""
+        blocks = -(-count // BLOCK)
+        return 2 * blocks + (count if self.bits == 8 else blocks * BLOCK * self.bits // 8)
 
-    def encode(self, delta: Vector, rng: np.random.Generator) -> Encoded:
-        """Quantise slab by slab."""
-        blocks = -(-delta.size // BLOCK)
-        scale = np.float32(np.abs(delta).max(initial=0.0) / self.levels)
-        scales = np.zeros(blocks, np.float16)
+    def encode(self, values: Values, rng: np.random.Generator) -> Written:
+        """Find the steps, then quantize slab by slab."""
+        blocks = -(-values.size // BLOCK)
+        steps = np.zeros(blocks, np.float32)
+        for start, x in values.slabs():
+            rows = _rows(x)
+            steps[start // BLOCK : start // BLOCK + len(rows)] = self._steps(rows)
+        scale, scales = relative_scales(steps)
         integers = np.zeros(blocks * BLOCK, np.int8)
-        for start in range(0, blocks if scale > 0 else 0, _SLAB):
-            stop = min(start + _SLAB, blocks)
-            part = delta[start * BLOCK : stop * BLOCK]
-            slab = np.zeros((stop - start, BLOCK), np.float32)
-            slab.reshape(-1)[: part.size] = part
-            scales[start:stop] = _round_up(np.abs(slab).max(axis=1) / (self.levels * scale))
-            steps = scales[start:stop].astype(np.float32) * scale
-            np.divide(slab, steps[:, None], out=slab, where=steps[:, None] > 0)
-            slab += rng.random(slab.shape, np.float32) if self.rounding == "stochastic" else _HALF
-            np.floor(slab, out=slab)
+        with np.errstate(divide="ignore"):
+            inverse = np.where(scales > 0, 1 / (scales.astype(np.float32) * np.float32(scale)), 0)
+        scratch = np.empty((-(-min(values.size, 1 << 16) // BLOCK), BLOCK), np.float32)
+        for start, x in values.slabs():
+            rows = _rows(x)
+            first = start // BLOCK
+            slab = np.multiply(rows, inverse[first : first + len(rows), None], out=scratch[: len(rows)])
+            if self.rounding == "stochastic":
+                slab += dither(slab.size, rng).reshape(slab.shape)
+                np.floor(slab, out=slab)
+            else:
+                np.rint(slab, out=slab)
             np.clip(slab, -self.levels, self.levels, out=slab)
-            integers[start * BLOCK : stop * BLOCK] = slab.reshape(-1)
-        body = integers[: delta.size] if self.bits == 8 else _pack_halves(integers)
-        return Encoded(scales.astype("<f2").tobytes() + body.tobytes(), {"scale": float(scale)})
+            integers[first * BLOCK : first * BLOCK + slab.size] = slab.reshape(-1)
+        body = integers[: values.size] if self.bits == 8 else _pack(integers, self.bits)
+        return Written((scales.astype("<f2").data, body.data), {"scale": float(scale)})
 
-    def decode(self, payload: bytes | memoryview, params: Params, num_params: int) -> BlockInts:
+    def decode(self, payload: memoryview, params: Params, count: int, ends: Indices) -> Quantized:
         """Check size, scale and block scales; the integers cannot be wrong."""
-        check_size(self, payload, num_params)
-        scale = params.get("scale")
-        if not isinstance(scale, float | int) or isinstance(scale, bool):
-            raise RejectedUpdate(Reason.CODEC, f"{self.name} needs the number `scale` beside its name, got {scale!r}")
-        if not 0 <= scale <= SCALE_MAX:
-            raise RejectedUpdate(Reason.NOT_FINITE, f"{self.name} scale {scale!r} is outside [0, {SCALE_MAX:g}]")
-        blocks = -(-num_params // BLOCK)
-        scales = np.frombuffer(payload, "<f2", blocks).astype(np.float32)
-        if not (scales.min() >= 0 and scales.max() <= 1):  # NaN fails both
-            raise RejectedUpdate(Reason.NOT_FINITE, f"{self.name} block scales outside [0, 1] or NaN")
+        exactly(self.name, payload, self.bytes_max(count, 0))
+        blocks = -(-count // BLOCK)
+        factors = read_relative_scales(self.name, payload, blocks, read_scale(self.name, params))
         integers: Integers = np.frombuffer(payload, np.int8 if self.bits == 8 else np.uint8, offset=2 * blocks)
-        return BlockInts(integers, scales * np.float32(scale), self.bits, num_params)
+        return BlockInts(integers, factors, self.bits)
+
+    def _steps(self, rows: Vector) -> Vector:
+        if self.bits == 2 and self.rounding == "nearest":
+            steps: Vector = np.sqrt(np.einsum("ij,ij->i", rows, rows) / BLOCK) * np.float32(THREE_LEVELS)
+            return steps
+        # twice as fast as max(axis=1)
+        largest: Vector = np.maximum.reduceat(np.abs(rows).reshape(-1), np.arange(0, rows.size, BLOCK))
+        return largest / np.float32(self.levels)
 
 
-SCALE_MAX = 1e16  # beyond it, the squared norm of a delta could overflow float32: no training makes that
-
-
-def _round_up(ratios: Vector) -> npt.NDArray[np.float16]:
-    """Round to float16, upwards, so that |delta| / step never exceeds the largest integer; at most 1."""
+def relative_scales(steps: Vector) -> tuple[np.float32, npt.NDArray[np.float16]]:
+    """Return the largest step, and each step relative to it, rounded up to float16."""
+    scale = np.float32(steps.max(initial=0.0))
+    if not scale > TINY:
+        return np.float32(0), np.zeros(steps.size, np.float16)
+    ratios = steps / scale
     rounded = ratios.astype(np.float16)
     short = rounded.astype(np.float32) < ratios
     rounded[short] = np.nextafter(rounded[short], np.float16(np.inf))
-    return np.minimum(rounded, np.float16(1))
+    return scale, np.minimum(rounded, np.float16(1))
 
 
-def _pack_halves(integers: Integers) -> Integers:
-    """Put elements j and j + 128 of each block of 256 into one byte."""
-    shifted = (integers + 8).astype(np.uint8).reshape(-1, 2, BLOCK // 2)
-    return (shifted[:, 0] | (shifted[:, 1] << 4)).reshape(-1)
+def read_relative_scales(name: str, payload: memoryview, blocks: int, scale: float) -> Vector:
+    """Read float16 block scales from the start of a payload and return each block's factor."""
+    scales = np.frombuffer(payload, "<f2", blocks).astype(np.float32)
+    if blocks and not (scales.min() >= 0 and scales.max() <= 1):  # NaN fails both
+        raise RejectedUpdate(Reason.NOT_FINITE, f"{name}: block scales outside [0, 1] or NaN")
+    scales *= np.float32(scale)
+    return scales
+
+
+def _rows(x: Vector, block: int = BLOCK) -> Vector:
+    """Return x as rows of a block, the last one padded with zeros."""
+    if x.size % block:
+        x = np.concatenate([x, np.zeros(-x.size % block, np.float32)])
+    return x.reshape(-1, block)
+
+
+def _pack(integers: Integers, bits: int) -> Integers:
+    """Put the elements of each block of 256 into bytes."""
+    per = 8 // bits
+    shifted = (integers + 2 ** (bits - 1)).astype(np.uint8).reshape(-1, per, BLOCK // per)
+    packed = shifted[:, 0].copy()
+    for part in range(1, per):
+        packed |= shifted[:, part] << (bits * part)
+    flat: Integers = packed.reshape(-1)
+    return flat

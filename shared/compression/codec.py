@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.errors import Reason, RejectedUpdate
+from shared.layout import Layout
 from shared.vector import Vector
 
 Params = Mapping[str, str | int | float]
@@ -14,7 +14,7 @@ Params = Mapping[str, str | int | float]
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What travels: the payload and, under `codec` in the message, the name and what its decoder needs."""
+    """What travels: the payload and, under `codec` in the message, what its decoder needs beside the name."""
 
     payload: bytes
     params: Params
@@ -26,11 +26,14 @@ class Decoded(Protocol):
     def add_into(self, total: Vector, weight: float) -> None:
         """Add `weight * delta` to `total` (float32 [n]) in place, block by block."""
 
+    def squared_norm(self) -> float:
+        """Return ||delta||^2, from the compressed form."""
+
 
 class Codec(Protocol):
     """One way to write a delta down.
 
-    `decode` may be handed any bytes. It bounds every size by `num_params` before memory is spent, and raises
+    `decode` may be handed any bytes. It bounds every size by the layout before memory is spent, and raises
     `RejectedUpdate` and nothing else.
     """
 
@@ -38,21 +41,19 @@ class Codec(Protocol):
     def name(self) -> str:
         """Its canonical string, as it stands in the message."""
 
-    def payload_bytes(self, num_params: int) -> int:
-        """Return the exact payload size, or its upper bound where the codec is not of fixed size."""
+    @property
+    def feedback(self) -> bool:
+        """Whether what it does not send is to be kept and added to the next delta (`ef | ...`)."""
 
-    def encode(self, delta: Vector, rng: np.random.Generator) -> Encoded:
-        """Compress `delta` (float32 [n], finite); `rng` drives stochastic rounding."""
+    @property
+    def exact(self) -> bool:
+        """Whether decoding gives the same bits on every machine (a rotation, a matrix product, does not)."""
 
-    def decode(self, payload: bytes | memoryview, params: Params, num_params: int) -> Decoded:
-        """Check the payload of a delta of `num_params` elements and return it ready to be added."""
+    def payload_bytes_max(self, layout: Layout) -> int:
+        """Return the largest payload it makes of a delta of this layout, in bytes."""
 
+    def encode(self, delta: Vector, layout: Layout, rng: np.random.Generator) -> Encoded:
+        """Compress `delta` (float32 [n], finite); `rng` drives stochastic rounding and seeds."""
 
-def check_size(codec: Codec, payload: bytes | memoryview, num_params: int) -> None:
-    """Raise `RejectedUpdate` unless the payload of a fixed-size codec has exactly its size."""
-    expected = codec.payload_bytes(num_params)
-    if len(payload) != expected:
-        raise RejectedUpdate(
-            Reason.TOO_LARGE if len(payload) > expected else Reason.CODEC,
-            f"{codec.name} payload of {len(payload)} bytes; {num_params} parameters take {expected}",
-        )
+    def decode(self, payload: bytes | memoryview, params: Params, layout: Layout) -> Decoded:
+        """Check a payload and return the delta ready to be added."""

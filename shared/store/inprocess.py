@@ -2,13 +2,16 @@
 
 import json
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.errors import VersionConflict, VersionGone
+from shared.errors import Reason, RejectedUpdate, VersionConflict, VersionGone
 from shared.layout import Layout
 from shared.model_image import ModelImage
-from shared.store.ports import Commit, Head, Stored
+from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, unpack
+from shared.snapshot import read_snapshot, write_snapshot
+from shared.store.ports import OUTCOMES_MAX, Commit, Head, Stored
 from shared.vector import Vector
 
 
@@ -25,6 +28,9 @@ class InProcessStore:
         self._state = b""
         self._applied: dict[str, int] = {}
         self._job = "{}"
+        self._snapshots: dict[int, tuple[SnapshotEntry, bytes]] = {}
+        self._deltas: dict[int, tuple[DeltaEntry, bytes]] = {}
+        self._outcomes: dict[str, deque[tuple[int, list[tuple[str, str]]]]] = {}
         self.ledger: list[dict[str, Any]] = []
         self.clients: dict[str, dict[str, Any]] = {}
         self.meta: dict[int, dict[str, str]] = {}
@@ -52,6 +58,40 @@ class InProcessStore:
         """Return what was announced."""
         announced: dict[str, Any] = json.loads(self._job)
         return announced
+
+    def outcomes(self, client: str, after: int) -> tuple[list[tuple[str, str]], int]:
+        """Return what became of a client's updates after a revision."""
+        with self._lock:
+            entries = [entry for entry in self._outcomes.get(client, ()) if entry[0] > after]
+        return [pair for _, pairs in entries for pair in pairs], entries[-1][0] if entries else after
+
+    def published(self, after: int) -> Index:
+        """Return what is published."""
+        with self._lock:
+            snapshots = tuple(entry for entry, _ in self._snapshots.values())
+            return Index(snapshots, tuple(entry for entry, _ in self._deltas.values() if entry.version > after))
+
+    def snapshot(self, entry: SnapshotEntry) -> ModelImage:
+        """Return the weights of a snapshot."""
+        with self._lock:
+            _, file = self._snapshots.get(entry.version, (None, None))
+        if file is None:
+            raise VersionGone(f"snapshot {entry.version} is not stored")
+        try:
+            return read_snapshot(self.layout(), entry.dtype, [file])
+        except ValueError as error:
+            raise RejectedUpdate(Reason.MALFORMED, f"snapshot {entry.version} is damaged: {error}") from error
+
+    def deltas(self, entries: Sequence[DeltaEntry]) -> list[Delta]:
+        """Return deltas."""
+        with self._lock:
+            records = [self._deltas.get(entry.version, (None, None))[1] for entry in entries]
+        found = []
+        for entry, record in zip(entries, records, strict=True):
+            if record is None:
+                raise VersionGone(f"delta {entry.version} is not stored")
+            found.append(unpack(record, entry))
+        return found
 
     def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
         """Add an evaluator's numbers."""
@@ -91,11 +131,13 @@ class InProcessStore:
                 return
             if head is None or head.revision != commit.expected_revision:
                 raise VersionConflict(f"expected revision {commit.expected_revision}, the store is at {head}")
-            sha256, created_at = head.sha256, head.created_at
+            sha256, created_at, published = head.sha256, head.created_at, head.published
             if commit.model is not None:
                 self._models[commit.version] = commit.model.data.tobytes()
                 sha256, created_at = commit.model.sha256, commit.now
                 self.meta.setdefault(commit.version, {}).update(commit.meta)
+                published = commit.publication.sha256
+                self._publish(commit.publication)
             self._arrays = {name: array.copy() for name, array in commit.arrays.items()}
             self._state = commit.state
             self._applied.update(commit.applied)
@@ -103,10 +145,25 @@ class InProcessStore:
             updates = json.loads(commit.ledger)
             self.ledger.append({"revision": head.revision + 1, "version": commit.version, "updates": updates})
             self.clients.update({name: json.loads(text) for name, text in commit.clients.items()})
+            for client, pairs in commit.outcomes.items():
+                self._outcomes.setdefault(client, deque(maxlen=OUTCOMES_MAX)).append((head.revision + 1, list(pairs)))
             for version in commit.dropped_versions:
                 self._models.pop(version, None)
                 self.meta.pop(version, None)
             self._token = commit.token
             self._head = Head(
-                head.revision + 1, commit.version, head.layout, sha256, head.num_params, head.chunks, created_at
-            )
+                head.revision + 1, commit.version, head.layout, sha256, head.num_params, head.chunks, created_at,
+                published,
+            )  # fmt: skip
+
+    def _publish(self, publication: Publication) -> None:
+        """Move the index of what is published; keeps bytes, as Redis does."""
+        for step in publication.dropped_deltas:
+            self._deltas.pop(step.version, None)
+        for taken in publication.dropped_snapshots:
+            self._snapshots.pop(taken.version, None)
+        if publication.delta is not None:
+            self._deltas[publication.delta[0].version] = publication.delta
+        if publication.snapshot is not None:
+            entry, image = publication.snapshot
+            self._snapshots[entry.version] = (entry, b"".join(write_snapshot(image, entry.dtype)))

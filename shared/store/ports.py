@@ -1,7 +1,7 @@
 """What the loops need of a store.
 
-Every adapter passes `tests/contract/test_store.py`. Two ports: `ModelStore` is all a worker or an evaluator
-needs, and a login that can only read serves it; `StateStore` is the aggregator's.
+Every adapter passes `tests/contract/test_store.py`. Three ports: `ModelStore` is all an evaluator needs, `WorkerStore`
+adds what a worker reads, and a login that can only read serves it; `StateStore` is the aggregator's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from shared.layout import Layout
 from shared.model_image import ModelImage
+from shared.published import NOTHING, Delta, DeltaEntry, Index, Publication, SnapshotEntry
 from shared.vector import Vector
+
+OUTCOMES_MAX = 128  # approximately: commits of which a client's outcomes are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Head:
         num_params: length of the flat vector.
         chunks: number of stored pieces of a version.
         created_at: unix seconds when the newest version was committed.
+        published: hash of the weights workers train from; "" when those are the newest version's own.
     """
 
     revision: int
@@ -37,6 +41,7 @@ class Head:
     num_params: int
     chunks: int
     created_at: float
+    published: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,8 @@ class Commit:
         meta: facts about the new version, e.g. number of updates and their mean staleness.
         dropped_versions: versions whose weights may go.
         now: unix seconds.
+        outcomes: client id -> (update_id, outcome) of its updates that this commit settles, in order.
+        publication: what it publishes for workers; counts only with a model.
     """
 
     expected_revision: int
@@ -72,6 +79,8 @@ class Commit:
     meta: Mapping[str, str]
     dropped_versions: Sequence[int]
     now: float
+    outcomes: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    publication: Publication = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +118,44 @@ class ModelStore(Protocol):
         """Add an evaluator's numbers to what is known of a version; the version may be gone by now."""
 
 
-class StateStore(ModelStore, Protocol):
+class WorkerStore(ModelStore, Protocol):
+    """What only a worker reads; a login that can only read serves it too."""
+
+    def outcomes(self, client: str, after: int) -> tuple[list[tuple[str, str]], int]:
+        """Return what became of a client's updates in the commits after a revision, oldest first.
+
+        An update can stand there again as a `duplicate` or as `stale`, when the broker delivered it once more: its
+        first outcome is what happened. About the newest `OUTCOMES_MAX` commits of each client are kept.
+
+        Args:
+            client: its id.
+            after: the cursor of the call before; 0 at first, and when the head's revision is lower (a job begun anew).
+
+        Returns:
+            (update_id, outcome) pairs with outcome `applied`, `stale`, `rejected` or `duplicate`, and the next cursor.
+        """
+
+    def published(self, after: int) -> Index:
+        """Return what is published: all snapshots, and the deltas of versions after one; one small read."""
+
+    def snapshot(self, entry: SnapshotEntry) -> ModelImage:
+        """Return the weights of a snapshot, not checked against a hash.
+
+        Raises:
+            VersionGone: it is not, or no longer, stored.
+            RejectedUpdate: it is damaged.
+        """
+
+    def deltas(self, entries: Sequence[DeltaEntry]) -> list[Delta]:
+        """Return deltas in the order given, with one read; their payloads are not decoded yet.
+
+        Raises:
+            VersionGone: one is not, or no longer, stored.
+            RejectedUpdate: one is damaged.
+        """
+
+
+class StateStore(WorkerStore, Protocol):
     """What the aggregator reads and writes."""
 
     def create(self, model: ModelImage, now: float) -> bool:

@@ -2,7 +2,8 @@
 
 Keys of a job, all in one hash slot (public contract, version 1, except those marked *):
 
-    fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at token*
+    fedmq:{<job>}:head               hash    revision version layout sha256 num_params chunks created_at published
+                                             token*
     fedmq:{<job>}:layout             string  JSON: the tensors in flat order; its sha256 is the layout hash
     fedmq:{<job>}:model:<v>:<chunk>  string  version v's safetensors file, cut at 64 MiB; never changes
     fedmq:{<job>}:meta:<v>           hash    sha256 chunks created_at updates staleness_mean evaluation:<metric> ...
@@ -10,64 +11,45 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
     fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)
     fedmq:{<job>}:clients            hash    client id -> JSON: when last seen, its last update and the outcome
+    fedmq:{<job>}:outcomes:<client>  stream  one entry a commit, its id <revision>-0: updates (JSON [[id, outcome]])
     fedmq:{<job>}:job                hash    what a worker needs to start, each value JSON
+    fedmq:{<job>}:snapshots          hash    version -> JSON: dtype and bytes of the stored snapshots
+    fedmq:{<job>}:snapshot:<v>:<c>   string  the weights workers train from at v, a safetensors file, cut at 64 MiB
+    fedmq:{<job>}:deltas             zset    "<version> <parent> <bytes>" of the stored deltas, scored by version
+    fedmq:{<job>}:delta:<v>:<chunk>  string  what leads from the parent's to v's (msgpack), cut at 64 MiB
     fedmq:{<job>}:tag:<name>         string  a version with a name
     fedmq:{<job>}:evaluations        stream  * one entry an evaluation: version, metrics (JSON)
     fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
     fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
     fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
-
-A commit first writes its large pieces under stage keys, then one script - Redis runs it alone - compares the
-revision and, if it is the expected one, renames the pieces into place, updates all the rest and moves the head
-last. The answer is taken as a success only when it is durable (`appendfsync always`, or WAITAOF from 7.2).
 """
 
 import contextlib
 import json
-import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgpack
 import numpy as np
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.retry import Retry
 
-from shared.errors import SettingsError, StoreUnavailable, VersionConflict, VersionGone
+from shared.errors import Reason, RejectedUpdate, SettingsError, StoreUnavailable, VersionConflict, VersionGone
 from shared.layout import Layout
-from shared.model_image import CHUNK_BYTES, ModelImage, chunk_count
+from shared.model_image import ModelImage, chunk_count, fill_file, piece_count
+from shared.published import Delta, DeltaEntry, Index, SnapshotEntry, unpack
+from shared.snapshot import read_snapshot
 from shared.store.ports import Commit, Head, Stored
-from shared.urls import check_port, hide_password
+from shared.store.redis_commit import SCRIPT, commands_of, flat, pieces_of, version_commands
+from shared.store.redis_link import CONNECT_S_MAX, connect, translated
+from shared.urls import hide_password
 from shared.vector import Vector
 
-log = logging.getLogger("fedmq.store")
-
-CONNECT_S_MAX = 2.5  # tried three times
 ANSWER_S_MAX = 60.0  # 64 MiB over a slow link, or a slow disk's fsync
 STAGE_SECONDS = 3600  # pieces of a commit that never happened
-LEDGER_ENTRIES_MAX = 100_000  # approximately: Redis trims whole nodes
 WAITAOF_MS = 10_000
-READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
 EVALUATIONS_MAX = 10_000  # approximately
-META_SECONDS = 3600  # facts about a version whose weights are gone
 EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
-SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is small
-
-# KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
-_COMMIT = """
-local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
-if token == ARGV[2] then return 'again' end
-if (revision or '') ~= ARGV[1] then return 'conflict ' .. (revision or 'none') end
-for _, key in ipairs(cmsgpack.unpack(ARGV[3])) do
-  if redis.call('EXISTS', key) == 0 then return 'expired ' .. key end
-end
-for _, command in ipairs(cmsgpack.unpack(ARGV[4])) do redis.call(unpack(command)) end
-return 'done'
-"""
-
 
 _SET_IF_EXISTS = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end"
 
@@ -86,7 +68,7 @@ class RedisStore:
         self._prefix = f"fedmq:{{{job}}}:"
         self._durable, self._waitaof = durable, False
         self._layout: Layout | None = None
-        self._redis = _connect(url, ANSWER_S_MAX)
+        self._redis = connect(url, ANSWER_S_MAX)
         self._greeted = False
 
     def check(self) -> str:
@@ -97,7 +79,7 @@ class RedisStore:
             SettingsError: it refuses the login, or may forget acknowledged writes.
         """
         self._greet()
-        with _translated(self.url):
+        with translated(self.url):
             server = self._redis.info("server")
             version = str(server["redis_version"])
             if self._durable:
@@ -107,7 +89,7 @@ class RedisStore:
     def durability(self) -> str:
         """Say how an acknowledged write is kept: `always`, `everysec`, `no`, or `off` without an append-only file."""
         self._greet()
-        with _translated(self.url):
+        with translated(self.url):
             try:
                 settings = self._redis.config_get("append*")
             except redis.ResponseError:  # CONFIG is often forbidden to applications
@@ -117,20 +99,20 @@ class RedisStore:
 
     def clock(self) -> float:
         """Return the server's unix seconds."""
-        with _translated(self.url):
+        with translated(self.url):
             seconds, microseconds = self._redis.time()
         return float(seconds) + float(microseconds) / 1e6
 
     def head(self) -> Head | None:
         """Return where the job stands: one HGETALL."""
         self._greet()
-        with _translated(self.url):
+        with translated(self.url):
             return self._parse_head(self._redis.hgetall(self._key("head")))
 
     def layout(self) -> Layout:
         """Return the job's layout; read once."""
         if self._layout is None:
-            with _translated(self.url):
+            with translated(self.url):
                 text = self._redis.get(self._key("layout"))
             if text is None:
                 raise VersionGone("the job has no model yet")
@@ -140,7 +122,7 @@ class RedisStore:
     def model(self, version: int) -> ModelImage:
         """Return the weights of a version."""
         layout = self.layout()
-        with _translated(self.url):
+        with translated(self.url):
             expected = self._redis.hget(self._key(f"meta:{version}"), "sha256")
             try:
                 chunks = (self._chunk(f"model:{version}:{index}") for index in range(chunk_count(layout)))
@@ -153,21 +135,62 @@ class RedisStore:
 
     def job(self) -> dict[str, Any]:
         """Return what was announced."""
-        with _translated(self.url):
+        with translated(self.url):
             fields = self._redis.hgetall(self._key("job"))
         return {name.decode(): json.loads(value) for name, value in fields.items()}
+
+    def outcomes(self, client: str, after: int) -> tuple[list[tuple[str, str]], int]:
+        """Return what became of a client's updates after a revision: one XRANGE."""
+        with translated(self.url):
+            entries = self._redis.xrange(self._key(f"outcomes:{client}"), f"({after}-0")
+        pairs = [(update_id, outcome) for _, entry in entries for update_id, outcome in json.loads(entry[b"updates"])]
+        return pairs, int(entries[-1][0].split(b"-")[0]) if entries else after
+
+    def published(self, after: int) -> Index:
+        """Return what is published, in one round trip."""
+        with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(self._key("snapshots"))
+            pipe.zrangebyscore(self._key("deltas"), f"({after}", "+inf")
+            taken, steps = pipe.execute()
+        snapshots = []
+        for version, text in taken.items():
+            fields = json.loads(text)
+            snapshots.append(SnapshotEntry(int(version), fields["dtype"], fields["bytes"]))
+        deltas = [DeltaEntry(*(int(number) for number in step.split())) for step in steps]
+        return Index(tuple(sorted(snapshots, key=lambda entry: entry.version)), tuple(deltas))
+
+    def snapshot(self, entry: SnapshotEntry) -> ModelImage:
+        """Return the weights of a snapshot."""
+        layout, pieces = self.layout(), range(piece_count(entry.size_bytes))
+        with translated(self.url):
+            try:
+                chunks = (self._chunk(f"snapshot:{entry.version}:{index}") for index in pieces)
+                return read_snapshot(layout, entry.dtype, chunks)
+            except ValueError as error:
+                raise RejectedUpdate(Reason.MALFORMED, f"snapshot {entry.version} is damaged: {error}") from error
+
+    def deltas(self, entries: Sequence[DeltaEntry]) -> list[Delta]:
+        """Return deltas: one MGET."""
+        counts = [piece_count(entry.size_bytes) for entry in entries]
+        names = [f"delta:{e.version}:{index}" for e, n in zip(entries, counts, strict=True) for index in range(n)]
+        with translated(self.url):
+            pieces = self._redis.mget([self._key(name) for name in names]) if names else []
+        if None in pieces:
+            raise VersionGone(f"{names[pieces.index(None)]} is not stored")
+        found = iter(pieces)
+        return [unpack(b"".join(next(found) for _ in range(n)), e) for e, n in zip(entries, counts, strict=True)]
 
     def record_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
         """Append to the `evaluations` stream, and to `meta:<version>` while that is known."""
         fields = {f"{EVALUATION}{name}": repr(float(value)) for name, value in metrics.items()}
         entry: dict[Any, Any] = {"version": version, "metrics": json.dumps(dict(metrics))}
-        with _translated(self.url):
+        with translated(self.url):
             self._redis.xadd(self._key("evaluations"), entry, maxlen=EVALUATIONS_MAX, approximate=True)
-            self._redis.eval(_SET_IF_EXISTS, 1, self._key(f"meta:{version}"), *_flat(fields))
+            self._redis.eval(_SET_IF_EXISTS, 1, self._key(f"meta:{version}"), *flat(fields))
 
     def announce(self, job: Mapping[str, Any]) -> None:
         """Write the `job` hash."""
-        with _translated(self.url):
+        with translated(self.url):
             self._redis.hset(self._key("job"), mapping={name: json.dumps(value) for name, value in job.items()})
 
     def create(self, model: ModelImage, now: float) -> bool:
@@ -178,7 +201,8 @@ class RedisStore:
             "token": token,
         }  # fmt: skip
         stage, commands = self._stage(token, {"model:0": model.chunks()})
-        commands += [["SET", self._key("layout"), model.layout.json], *self._model_commands(0, model, now, {}, head)]
+        commands.append(["SET", self._key("layout"), model.layout.json])
+        commands += version_commands(0, model, now, {}, head, self._key)
         return self._run("", token, stage, commands) == "done"
 
     def load(self) -> Stored | None:
@@ -187,7 +211,7 @@ class RedisStore:
             head = self.head()
             if head is None:
                 return None
-            with _translated(self.url), contextlib.suppress(VersionGone):
+            with translated(self.url), contextlib.suppress(VersionGone):
                 state = self._redis.get(self._key("state")) or b""
                 names = _array_names(state)
                 arrays = {name: self._array(name, head.num_params) for name in names}
@@ -206,32 +230,8 @@ class RedisStore:
 
     def commit(self, commit: Commit) -> None:
         """Stage the large pieces, then compare-and-set."""
-        pieces = {f"state:{name}": _cut(array) for name, array in commit.arrays.items()}
-        if commit.model is not None:
-            pieces[f"model:{commit.version}"] = commit.model.chunks()
-        stage, commands = self._stage(commit.token, pieces)
-        head: dict[str, Any] = {
-            "revision": commit.expected_revision + 1, "version": commit.version, "token": commit.token,
-        }  # fmt: skip
-        commands.append(["SET", self._key("state"), commit.state])
-        members = [part for update_id, base in commit.applied.items() for part in (base, update_id)]
-        for start in range(0, len(members), SCRIPT_ARGS_MAX):
-            commands.append(["ZADD", self._key("applied"), *members[start : start + SCRIPT_ARGS_MAX]])
-        commands.append(["ZREMRANGEBYSCORE", self._key("applied"), "-inf", f"({commit.applied_floor}"])
-        entry = ["revision", head["revision"], "version", commit.version, "updates", commit.ledger]
-        commands.append(
-            ["XADD", self._key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, f"{head['revision']}-0", *entry]
-        )
-        for client, text in commit.clients.items():
-            commands.append(["HSET", self._key("clients"), client, text])
-        for version in commit.dropped_versions:
-            commands.append(["DEL", *self._model_keys(version)])
-            commands.append(["EXPIRE", self._key(f"meta:{version}"), META_SECONDS])
-            commands.append(["ZREM", self._key("versions"), version])
-        if commit.model is not None:
-            commands += self._model_commands(commit.version, commit.model, commit.now, commit.meta, head)
-        else:
-            commands.append(["HSET", self._key("head"), *_flat(head)])
+        stage, commands = self._stage(commit.token, pieces_of(commit))
+        commands += commands_of(commit, self._key, self.layout)
         answer = self._run(str(commit.expected_revision), commit.token, stage, commands)
         if answer.startswith("conflict"):
             raise VersionConflict(f"expected revision {commit.expected_revision}; the store says: {answer}")
@@ -240,7 +240,7 @@ class RedisStore:
 
     def status(self) -> dict[str, Any]:
         """Return the raw facts `fedmq status` shows: head, job, clients, last ledger entries, versions."""
-        with _translated(self.url):
+        with translated(self.url):
             ledger = self._redis.xrevrange(self._key("ledger"), count=20)
             state = self._redis.get(self._key("state"))
             return {
@@ -253,14 +253,14 @@ class RedisStore:
 
     def totals(self) -> dict[str, int]:
         """Return outcome -> number of updates, over the job's whole life."""
-        with _translated(self.url):
+        with translated(self.url):
             state = self._redis.get(self._key("state"))
         totals: dict[str, int] = msgpack.unpackb(state)["totals"] if state else {}
         return totals
 
     def meta(self, version: int) -> dict[str, str]:
         """Return what is known of a version; empty when nothing is."""
-        with _translated(self.url):
+        with translated(self.url):
             fields = self._redis.hgetall(self._key(f"meta:{version}"))
         return {name.decode(): value.decode() for name, value in fields.items()}
 
@@ -271,7 +271,7 @@ class RedisStore:
         """
         last = f"({after}-0"
         while True:
-            with _translated(self.url):
+            with translated(self.url):
                 page = self._redis.xrange(self._key("ledger"), last, count=500)
             for identifier, entry in page:
                 yield {
@@ -284,7 +284,7 @@ class RedisStore:
 
     def newest_evaluation(self) -> tuple[int, dict[str, float]]:
         """Return the newest evaluated version and its metrics; (-1, {}) when none is."""
-        with _translated(self.url):
+        with translated(self.url):
             newest = self._redis.xrevrange(self._key("evaluations"), count=1)
         if not newest:
             return -1, {}
@@ -298,16 +298,13 @@ class RedisStore:
         """Find out, once and quickly, whether Redis answers at all; later answers may take their time."""
         if self._greeted:
             return
-        probe = _connect(self.url, CONNECT_S_MAX)
-        with _translated(self.url), contextlib.closing(probe):
+        probe = connect(self.url, CONNECT_S_MAX)
+        with translated(self.url), contextlib.closing(probe):
             probe.exists(self._key("head"))
         self._greeted = True
 
     def _key(self, name: str) -> str:
         return self._prefix + name
-
-    def _model_keys(self, version: int) -> list[str]:
-        return [self._key(f"model:{version}:{index}") for index in range(chunk_count(self.layout()))]
 
     def _chunk(self, name: str) -> bytes:
         data = self._redis.get(self._key(name))
@@ -317,19 +314,18 @@ class RedisStore:
 
     def _array(self, name: str, num_params: int) -> Vector:
         array = np.empty(num_params, np.float32)
-        step = CHUNK_BYTES // 4
-        for index, start in enumerate(range(0, num_params, step)):
-            piece, target = self._chunk(f"state:{name}:{index}"), array[start : start + step]
-            if len(piece) != target.nbytes:
-                raise VersionGone(f"piece {index} of {name} has {len(piece)} bytes, not {target.nbytes}")
-            target[:] = np.frombuffer(piece, "<f4")
+        pieces = (self._chunk(f"state:{name}:{index}") for index in range(piece_count(array.nbytes)))
+        try:
+            fill_file(array.view(np.uint8), pieces, b"")
+        except ValueError as error:
+            raise VersionGone(f"the pieces of {name} in the state are damaged: {error}") from error
         return array
 
     def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
         """Write the large pieces under stage keys; return those and the commands that move them into place."""
         stage: list[str] = []
         commands: list[list[Any]] = []
-        with _translated(self.url):
+        with translated(self.url):
             for name, chunks in pieces.items():
                 for index, chunk in enumerate(chunks):
                     stage.append(self._key(f"stage:{token}:{len(stage)}"))
@@ -338,23 +334,12 @@ class RedisStore:
                     commands += [["RENAME", stage[-1], target], ["PERSIST", target]]
         return stage, commands
 
-    def _model_commands(
-        self, version: int, model: ModelImage, now: float, meta: Mapping[str, str], head: dict[str, Any]
-    ) -> list[list[Any]]:
-        """Return the commands that make a version visible; the head moves last."""
-        facts = {"sha256": model.sha256, "chunks": chunk_count(model.layout), "created_at": repr(now)}
-        return [
-            ["HSET", self._key(f"meta:{version}"), *_flat(facts | {"revision": head["revision"]} | dict(meta))],
-            ["ZADD", self._key("versions"), version, version],
-            ["HSET", self._key("head"), *_flat(head | facts)],
-        ]
-
     def _run(self, expected: str, token: str, stage: list[str], commands: list[list[Any]]) -> str:
         """Run the script and wait until it is durable; return its answer."""
         # Redis's cmsgpack predates the msgpack type for binary: everything travels as the old raw type.
         argv = [expected, token, msgpack.packb(stage, use_bin_type=False), msgpack.packb(commands, use_bin_type=False)]
-        with _translated(self.url), self._redis.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", _COMMIT, 1, self._key("head"), *argv)
+        with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", SCRIPT, 1, self._key("head"), *argv)
             if self._waitaof:
                 pipe.execute_command("WAITAOF", 1, 0, WAITAOF_MS)
             answers = pipe.execute()
@@ -362,7 +347,7 @@ class RedisStore:
             raise StoreUnavailable(f"Redis did not sync the commit to disk within {WAITAOF_MS / 1000:g} s")
         answer = str(answers[0].decode())
         if answer != "done" and stage:  # also when repeated: its pieces were staged once more
-            with _translated(self.url):
+            with translated(self.url):
                 self._redis.delete(*stage)
         return "done" if answer == "again" else answer
 
@@ -372,7 +357,7 @@ class RedisStore:
         text = {name.decode(): value.decode() for name, value in fields.items()}
         return Head(
             int(text["revision"]), int(text["version"]), text["layout"], text["sha256"], int(text["num_params"]),
-            int(text["chunks"]), float(text["created_at"]),
+            int(text["chunks"]), float(text["created_at"]), text.get("published", ""),
         )  # fmt: skip
 
     def _check_durability(self, version: str) -> None:
@@ -387,39 +372,6 @@ class RedisStore:
             )
 
 
-def _connect(url: str, answer_s_max: float) -> Any:
-    try:
-        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("expected redis://:password@host:6379/0")
-        check_port(url)
-        client = redis.Redis.from_url(
-            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
-            socket_keepalive=True, protocol=2,  # no client name, no PING: a login that may only read has neither
-            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
-        )  # fmt: skip
-        client.connection_pool.make_connection()  # connects to nothing, but an unknown ?option shows here
-        return client
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"FEDMQ_STORE_URL {hide_password(url)!r} is no Redis URL: {error}") from error
-
-
-@contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Translate redis-py's errors once."""
-    try:
-        yield
-    except (
-        redis.AuthenticationError,
-        redis.exceptions.AuthorizationError,
-        redis.exceptions.NoPermissionError,
-    ) as error:
-        raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
-    except (redis.RedisError, OSError) as error:
-        if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-            raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
-        raise StoreUnavailable(f"Redis at {hide_password(url)}: {error}") from error
-
-
 def _array_names(state: bytes) -> list[str]:
     """Read from the small part of a state which arrays go with it."""
     try:
@@ -427,14 +379,3 @@ def _array_names(state: bytes) -> list[str]:
     except (ValueError, TypeError, KeyError) as error:
         raise VersionGone(f"the small part of the state is damaged: {error}") from error
     return names
-
-
-def _cut(array: Vector) -> Iterator[memoryview]:
-    """Yield an array's bytes in pieces of at most 64 MiB; views, not copies."""
-    step = CHUNK_BYTES // 4
-    for start in range(0, array.size, step):
-        yield array[start : start + step].view(np.uint8).data
-
-
-def _flat(fields: Mapping[str, Any]) -> list[Any]:
-    return [part for pair in fields.items() for part in pair]

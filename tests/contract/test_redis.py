@@ -13,6 +13,7 @@ import redis
 
 from ops.servers import PrivateServer, PrivateServers, private_redis
 from shared.errors import FedMQError, SettingsError, StoreUnavailable, VersionConflict
+from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, pack
 from shared.store.redis import RedisStore
 from shared.urls import hide_password
 from tests.contract.faults import Proxy, frozen, silent_host, unreachable_host, wait_until
@@ -366,7 +367,12 @@ def test_a_server_that_is_no_redis_is_unavailable(servers: PrivateServers, job: 
 def test_a_login_that_can_only_read_serves_a_worker(own: PrivateServer, job: str, rights: tuple[str, ...]) -> None:
     aggregator = RedisStore(own.url, job)
     aggregator.create(image(0), 1.0)
-    aggregator.commit(commit_of(0, 1, image(1)))
+    step, taken = DeltaEntry(1, 0, len(record := pack(Delta(1, 0, False, {"name": "int8"}, b"q")))), image(1)
+    snapshot = SnapshotEntry(1, "float32", taken.data.size)
+    published = Publication("aa", (step, record), (snapshot, taken))
+    aggregator.commit(
+        commit_of(0, 1, taken, outcomes={"a": [("a/i/1", "applied")]}, publication=published)
+    )  # fmt: skip
     aggregator.announce({"codec": "float32"})
     worker = RedisStore(login(own, "resetchannels", "~fedmq:*", *rights), job)
     for _ in range(2):
@@ -376,6 +382,10 @@ def test_a_login_that_can_only_read_serves_a_worker(own: PrivateServer, job: str
         assert worker.layout() == image(1).layout
         assert np.all(worker.model(1).weights == 1)
         assert worker.job() == {"codec": "float32"}
+        assert worker.published(-1) == Index((snapshot,), (step,))
+        assert worker.deltas([step])[0].payload == b"q"
+        assert np.all(worker.snapshot(snapshot).weights == 1)
+        assert worker.outcomes("a", 0) == ([("a/i/1", "applied")], 1)
         for connection in worker._redis.connection_pool._available_connections:
             connection.next_health_check = time.monotonic()  # as after a training of 15 s
     for forbidden in (

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,37 +11,9 @@ import safetensors.numpy
 
 from ops.servers import PrivateServers
 from shared.errors import FedMQError, SettingsError, StoreUnavailable, VersionConflict, VersionGone
-from shared.store.ports import Stored
+from shared.store.ports import OUTCOMES_MAX, Stored
 from tests.contract.faults import wait_until
-from tests.contract.stores import LAYOUT, NUM_PARAMS, InProcess, InRedis, Store, array, commit_of, image, state_of
-
-
-@pytest.fixture(params=["inprocess", "redis"])
-def store(request: pytest.FixtureRequest, job: str) -> Iterator[Store]:
-    if request.param == "inprocess":
-        yield InProcess()
-    else:
-        yield from in_redis_of(request.getfixturevalue("servers"), job)
-
-
-@pytest.fixture
-def in_redis(servers: PrivateServers, job: str) -> Iterator[InRedis]:
-    yield from in_redis_of(servers, job)
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Cut what is stored into pieces of 64 bytes, as 64 MiB cut a large model; return their size."""
-    monkeypatch.setattr("shared.model_image.CHUNK_BYTES", 64)
-    monkeypatch.setattr("shared.store.redis.CHUNK_BYTES", 64)
-    return 64
-
-
-def in_redis_of(servers: PrivateServers, job: str) -> Iterator[InRedis]:
-    adapter = InRedis(servers.redis.url, job)
-    yield adapter
-    assert adapter.keys("stage:*") == [], "pieces of a commit were left behind"
-    adapter.close()
+from tests.contract.stores import LAYOUT, NUM_PARAMS, InRedis, Store, array, commit_of, image, state_of
 
 
 def loaded(store: Store) -> Stored:
@@ -235,6 +206,48 @@ def test_ledger_clients_and_facts_are_kept(store: Store) -> None:
     ]
     assert store.clients() == {"a": {"seen": 2}, "b": {"seen": 3}}
     assert store.meta(1)["updates"] == "2"
+
+
+# Outcomes
+
+
+def test_a_client_reads_its_own_outcomes_in_order_and_each_once(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    assert store.open().outcomes("a", 0) == ([], 0)
+    client.commit(commit_of(0, 1, image(1), outcomes={"a": [("a/i/1", "applied"), ("a/i/0", "stale")]}))
+    client.commit(commit_of(1, 1, None, outcomes={"b": [("b/i/7", "rejected")]}))
+    client.commit(commit_of(2, 2, image(2), outcomes={"a": [("a/i/1", "duplicate")], "b": [("b/i/8", "applied")]}))
+    told, cursor = store.open().outcomes("a", 0)
+    assert told == [("a/i/1", "applied"), ("a/i/0", "stale"), ("a/i/1", "duplicate")]
+    assert store.open().outcomes("a", cursor) == ([], cursor)
+    assert store.open().outcomes("a", 1)[0] == [("a/i/1", "duplicate")]
+    assert store.open().outcomes("b", 0)[0] == [("b/i/7", "rejected"), ("b/i/8", "applied")]
+    assert store.open().outcomes("nobody", 5) == ([], 5)
+    client.commit(commit_of(3, 2, None, outcomes={"a": [("a/i/2", "applied")]}))
+    assert store.open().outcomes("a", cursor)[0] == [("a/i/2", "applied")]
+
+
+def test_outcomes_are_of_commits_that_happened_and_stand_there_once(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    commit = commit_of(0, 1, image(1), outcomes={"a": [("a/i/1", "applied")]})
+    client.commit(commit)
+    client.commit(commit)  # its answer was lost
+    with pytest.raises(VersionConflict):
+        store.open().commit(commit_of(0, 1, image(1), token="rival", outcomes={"a": [("a/i/2", "applied")]}))
+    assert client.outcomes("a", 0) == ([("a/i/1", "applied")], 1)
+
+
+def test_the_outcomes_of_a_client_are_bounded_and_the_newest_stay(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    for revision in range(3 * OUTCOMES_MAX):
+        client.commit(commit_of(revision, 0, None, outcomes={"a": [(f"a/i/{revision}", "applied")]}))
+    told, cursor = client.outcomes("a", 0)
+    assert OUTCOMES_MAX <= len(told) < 2 * OUTCOMES_MAX
+    assert told[-1] == (f"a/i/{3 * OUTCOMES_MAX - 1}", "applied")
+    assert cursor == 3 * OUTCOMES_MAX
 
 
 # Compare and set
@@ -479,7 +492,7 @@ def test_the_keys_are_those_of_the_contract(in_redis: InRedis, small_chunks: int
     assert head.pop(b"token")
     expected = {
         "revision": 1, "version": 1, "layout": LAYOUT.hash, "sha256": image(1).sha256, "num_params": NUM_PARAMS,
-        "chunks": chunks, "created_at": 124.5,
+        "chunks": chunks, "created_at": 124.5, "published": "",
     }  # fmt: skip
     assert {name.decode(): value.decode() for name, value in head.items()} == {k: str(v) for k, v in expected.items()}
     layout = plain.get(key("layout"))

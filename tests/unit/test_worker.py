@@ -33,7 +33,7 @@ def sent(device):
     while (waiting := device.outbox.oldest()) is not None:
         update = decode(waiting.body(), 10**6)
         delta = np.zeros(7, np.float32)
-        decode_delta(update.codec, update.payload, 7).add_into(delta, 1.0)
+        decode_delta(update.codec, update.payload, ModelImage.of(START).layout).add_into(delta, 1.0)
         found.append((update, delta))
         device.outbox.remove(waiting)
     return found
@@ -293,7 +293,7 @@ def test_without_a_store_at_the_start_the_step_says_so(tmp_path):
 
 
 def test_the_jobs_codec_is_used_and_its_rounding_is_seeded(tmp_path):
-    system = System(ModelImage.of(START), codec="int4 | zstd")
+    system = System(ModelImage.of(START), codec="all | int4 | zstd")
 
     def train(model, context):
         model["w"] += np.random.default_rng(1).standard_normal((2, 3), np.float32)
@@ -305,7 +305,7 @@ def test_the_jobs_codec_is_used_and_its_rounding_is_seeded(tmp_path):
         device.worker.step()
         device.worker.step()
         [(first, _), (second, _)] = sent(device)
-        assert first.codec["name"] == "int4 | zstd"
+        assert first.codec["name"] == "all | int4 | zstd"
         payloads.append((first.payload, second.payload))
     assert payloads[0] == payloads[1]  # the same seed, client and sequence
     assert payloads[0] != payloads[2]

@@ -1,0 +1,99 @@
+"""What a demo runs: the options, filled in and checked, and the settings of its programs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.compression import canonical
+from shared.config import AggregatorSettings, WorkerSettings
+from shared.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        task: built-in name or file.
+        updates: local trainings in all.
+        workers: number of devices.
+        codec: how updates are encoded.
+        downlink: how versions are sent to workers.
+        buffer_size: FedBuff's K.
+        seed: of everything random.
+        out: folder for what it leaves behind.
+    """
+
+    task: str
+    updates: int
+    workers: int
+    codec: str
+    downlink: str
+    buffer_size: int
+    seed: int
+    out: Path
+
+
+DEFAULT_UPDATES = {"digits": 3000, "mnist": 1200}
+
+
+def plan(
+    task: str, updates: int | None, workers: int, codec: str, downlink: str | None, buffer_size: int, seed: int,
+    out: Path | None,
+) -> Plan:  # fmt: skip
+    """Fill in what depends on the task; the downlink is on unless nothing is compressed at all.
+
+    Raises:
+        SettingsError: fewer workers or updates than make sense, or an unknown codec.
+    """
+    updates = DEFAULT_UPDATES.get(Path(task).stem, 1000) if updates is None else updates
+    if workers < 1 or buffer_size < 1 or updates < buffer_size:
+        raise SettingsError(
+            f"--workers {workers}, --buffer-size {buffer_size}, --updates {updates}: at least 1, 1, one buffer"
+        )
+    name = "demo" if task == "digits" else f"demo-{Path(task).stem}"
+    out = out or Path("runs") / name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be used: {error.strerror}") from error
+    try:
+        import matplotlib  # noqa: F401
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"the demo needs {error.name}: pip install 'fedmq[demo]'") from error
+    codec = canonical(codec)
+    downlink = downlink or ("off" if codec == "float32" else "on")
+    job = Plan(task, updates, workers, codec, downlink, buffer_size, seed, out)
+    try:
+        AggregatorSettings(**job_settings(job))
+    except ValueError as error:
+        raise SettingsError(f"--downlink {downlink}: {error}") from error
+    return job
+
+
+def mean_trips_s(workers: int, seed: int) -> list[float]:
+    """Draw each worker's mean seconds per trip: log-normal, the slowest several times the fastest."""
+    return [float(x) for x in np.random.default_rng(seed).lognormal(0.0, 0.6, workers)]
+
+
+def job_settings(job: Plan) -> dict[str, Any]:
+    """Return the settings of the aggregator that are the job's own."""
+    return {
+        "job": "demo",
+        "codec": job.codec,
+        "downlink": job.downlink,
+        "buffer_size": job.buffer_size,
+        "rule": "fedbuff",
+        "server_lr": 1.0,
+    }
+
+
+def worker_settings(job: Plan, index: int, folder: Path) -> WorkerSettings:
+    """Return the settings of one worker, its outbox in `folder`."""
+    settings = {"share": str(index), "shares": str(job.workers)}
+    return WorkerSettings(
+        job="demo", client_id=f"worker-{index}", task=job.task, task_settings=settings, state_dir=folder, seed=job.seed
+    )

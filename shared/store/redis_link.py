@@ -1,0 +1,54 @@
+"""The connection to Redis: its timeouts, and redis-py's errors as ours."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from shared.errors import SettingsError, StoreUnavailable
+from shared.urls import check_port, hide_password
+
+CONNECT_S_MAX = 2.5  # tried three times
+READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
+
+
+def connect(url: str, answer_s_max: float) -> Any:
+    """Return a client that connects when it is first used.
+
+    Raises:
+        SettingsError: the URL is none.
+    """
+    try:
+        if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("expected redis://:password@host:6379/0")
+        check_port(url)
+        client = redis.Redis.from_url(
+            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
+            socket_keepalive=True, protocol=2,  # no client name, no PING: a login that may only read has neither
+            retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
+        )  # fmt: skip
+        client.connection_pool.make_connection()  # connects to nothing, but an unknown ?option shows here
+        return client
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"FEDMQ_STORE_URL {hide_password(url)!r} is no Redis URL: {error}") from error
+
+
+@contextlib.contextmanager
+def translated(url: str) -> Iterator[None]:
+    """Translate redis-py's errors once."""
+    try:
+        yield
+    except (
+        redis.AuthenticationError,
+        redis.exceptions.AuthorizationError,
+        redis.exceptions.NoPermissionError,
+    ) as error:
+        raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+    except (redis.RedisError, OSError) as error:
+        if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+            raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+        raise StoreUnavailable(f"Redis at {hide_password(url)}: {error}") from error

@@ -1,0 +1,86 @@
+"""A worker's folder: a file in it is there whole or not at all, also after a power cut; one process holds it."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+from shared.errors import SettingsError
+
+TEMPORARY = ".new"
+
+
+class Folder:
+    """The files of one worker. Thread-safe: no two threads write a file of the same name.
+
+    Args:
+        path: where it lives; made when missing.
+        sync: make every change survive a power cut; a simulation has no need.
+
+    Raises:
+        SettingsError: another process holds it.
+        OSError: it cannot be used.
+    """
+
+    def __init__(self, path: Path, sync: bool) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path, self._sync = path, sync
+        self._lock = self._take_lock()
+        for leftover in path.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Write a file under another name, then put it in the place of the one that was there; durable on return."""
+        path = self.path / name
+        temporary = path.with_suffix(TEMPORARY)
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            if self._sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        self._sync_names()
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file; one that is not there stays away. A power cut may undo it until the next `write`."""
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / old).replace(self.path / new)
+
+    def remove(self, *names: str, durable: bool = False) -> None:
+        """Remove files; those that are not there are no matter.
+
+        Args:
+            names: which.
+            durable: a power cut must not bring them back; else it may, until the next `write`.
+        """
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        if names and durable:
+            self._sync_names()
+
+    def close(self) -> None:
+        """Let another process have it."""
+        self._lock.close()
+
+    def _sync_names(self) -> None:
+        """Make renames and removals so far survive a power cut."""
+        if not self._sync:
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _take_lock(self) -> IO[str]:
+        lock = (self.path / "lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise SettingsError(
+                f"the outbox {self.path} is in use by another worker: give each its own --client-id or --state-dir"
+            ) from error
+        return lock

@@ -1,0 +1,100 @@
+"""The residual on disk: one file, replaced as a whole.
+
+    fedmq-residual 1 <crc32 of all that follows, 8 hex digits>
+    {"layout": ..., "num_params": ..., "version": ..., "made": ..., "returned": [...]}
+    the array, float32, little-endian; missing when it is zero
+
+Each update made with feedback writes it once: 4 bytes a parameter, whatever the codec makes of the update. With 10
+million parameters and an update every five minutes that is 12 GB a day, which a cheap SD card bears for a few years;
+a device that trains more often should have FEDMQ_STATE_DIR on a better disk, or its job a codec without feedback.
+There is no way around it that keeps the promise: an update may not leave before what it left out is durable. What
+comes back from a refused update shares the write of the next one, and a zero residual is a header alone.
+"""
+
+import json
+import os
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shared.layout import NUM_PARAMS_MAX
+from shared.vector import Vector
+from worker.folder import Folder
+
+NAME = "residual"
+MAGIC = "fedmq-residual 1"
+LINE_BYTES_MAX = 1 << 20  # the header with the numbers of a full outbox takes a hundredth of it
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the residual on disk accounts for.
+
+    Attributes:
+        layout: hash of the layout it was made for.
+        num_params: length of its array; 0 when it is zero.
+        version: model version it was last used at.
+        made: number of the last update whose leftovers it holds, -1 for none.
+        returned: numbers of the refused updates whose mass it took back in this write.
+    """
+
+    layout: str = ""
+    num_params: int = 0
+    version: int = 0
+    made: int = -1
+    returned: list[int] = field(default_factory=list)
+
+
+def write(folder: Folder, header: Header, vector: Vector | None) -> None:
+    """Replace the residual; it is durable on return.
+
+    Args:
+        folder: the worker's.
+        header: with `num_params` of this vector.
+        vector: float32 [num_params]; None is zero.
+    """
+    line = json.dumps(asdict(header)).encode() + b"\n"
+    array = _bytes(vector)
+    folder.write(NAME, f"{MAGIC} {zlib.crc32(array, zlib.crc32(line)):08x}\n".encode(), line, array)
+
+
+def read(path: Path) -> tuple[Header, Vector | None]:
+    """Read a residual.
+
+    Returns:
+        its header and array; None is zero, also when there is no file.
+
+    Raises:
+        ValueError: it is damaged; the message says how.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return Header(), None
+    with path.open("rb") as file:
+        first, line = file.readline(LINE_BYTES_MAX), file.readline(LINE_BYTES_MAX)
+        header = _header(line)
+        left = os.fstat(file.fileno()).st_size - len(first) - len(line)
+        if left != 4 * header.num_params:
+            raise ValueError(f"{left} bytes of array instead of {4 * header.num_params}")
+        vector = np.fromfile(file, "<f4").astype(np.float32, copy=False) if header.num_params else None
+    crc = zlib.crc32(_bytes(vector), zlib.crc32(line))
+    if first != f"{MAGIC} {crc:08x}\n".encode():
+        raise ValueError(f"its first line is {first[:60]!r}, its checksum {crc:08x}")
+    return header, vector
+
+
+def _bytes(vector: Vector | None) -> memoryview:
+    return memoryview(b"") if vector is None else vector.astype("<f4", copy=False).view(np.uint8).data
+
+
+def _header(line: bytes) -> Header:
+    try:
+        header = Header(**json.loads(line))
+        fits = 0 <= header.num_params <= NUM_PARAMS_MAX and all(isinstance(s, int) for s in header.returned)
+        if not fits or not isinstance(header.made + header.version, int) or not isinstance(header.layout, str):
+            raise ValueError("a value out of range")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its header cannot be read: {error}") from error
+    return header
