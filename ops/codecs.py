@@ -124,10 +124,10 @@ def _draw(rows: dict[str, Measurement], layout: Layout, title: str, out: Path) -
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5), dpi=110)
     drawn = sorted(((row.payload_bytes, row.nmse, name) for name, row in rows.items() if row.nmse >= NMSE_DRAWN))
-    for number, (size, error, name) in enumerate(drawn, 1):
+    for number, (size, nmse, name) in enumerate(drawn, 1):
         color = "#c0392b" if name in PRESETS else "#2c6e9c"
-        axes.scatter(size, error, s=150, color=color, zorder=3, label=f"{number:2d}  {name}")
-        axes.annotate(str(number), (size, error), color="white", fontsize=7, ha="center", va="center", zorder=4)
+        axes.scatter(size, nmse, s=150, color=color, zorder=3, label=f"{number:2d}  {name}")
+        axes.annotate(str(number), (size, nmse), color="white", fontsize=7, ha="center", va="center", zorder=4)
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, handlelength=1)
     for text, (_, _, name) in zip(legend.get_texts(), drawn, strict=True):
         text.set_fontweight("bold" if name in PRESETS else "normal")

@@ -47,6 +47,7 @@ class Embedded:
         workers: one per device.
         mean_trips_s: each device's mean seconds from pull to publish; its length is the number of devices.
         seed: of durations and of everything the workers do.
+        mean_rest_s: mean seconds a device rests between two trips, exponential; 0: it never does.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Embedded:
         workers: list[WorkerSettings],
         mean_trips_s: list[float],
         seed: int,
+        mean_rest_s: float = 0.0,
     ) -> None:
         self.clock = VirtualClock()
         self.broker, self.store = InProcessBroker(), InProcessStore()
@@ -70,6 +72,7 @@ class Embedded:
         self._devices = [self._device(w, trip) for w, trip in zip(workers, mean_trips_s, strict=True)]
         self._rng = np.random.default_rng(seed)
         self._entries_seen = 0
+        self._mean_rest_s = mean_rest_s
 
     def run(self, updates: int, evaluate_every: int) -> Iterator[History]:
         """Run until `updates` were published, yielding after each evaluation.
@@ -83,7 +86,8 @@ class Embedded:
         """
         self._evaluate()
         yield self.history
-        events = [(0.0, index, "train") for index in range(len(self._devices))]
+        events = [(self._rest_s(), index, "train") for index in range(len(self._devices))]
+        heapq.heapify(events)
         published, evaluated = 0, 0
         while published < updates:
             time_s, index, action = heapq.heappop(events)
@@ -99,7 +103,7 @@ class Embedded:
             published += 1
             while self.aggregator.step():
                 pass
-            heapq.heappush(events, (time_s, index, "train"))
+            heapq.heappush(events, (time_s + self._rest_s(), index, "train"))
             if self.aggregator.state.committed_version >= evaluated + evaluate_every:
                 evaluated = self.aggregator.state.committed_version
                 self._evaluate()
@@ -107,6 +111,9 @@ class Embedded:
         self.aggregator.finish()
         self._evaluate()
         yield self.history
+
+    def _rest_s(self) -> float:
+        return float(self._rng.exponential(self._mean_rest_s)) if self._mean_rest_s else 0.0
 
     def model(self) -> ModelImage:
         """Return the newest version."""

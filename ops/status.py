@@ -54,7 +54,8 @@ def _lines(
     return [
         ("job", f"[bold]{job}[/]  {head.num_params:,} parameters"),
         ("version", f"[bold]{head.version}[/]  made {_ago(now - head.created_at)} ago, revision {head.revision}"),
-        ("rule", f"{spec.get('rule', '?')}, codec {spec.get('codec', '?')}, staleness {spec.get('staleness', '?')}"),
+        ("rule", f"{spec.get('rule', '?')}, staleness {spec.get('staleness', '?')}"),
+        ("bytes", f"up {spec.get('codec', '?')}; down {_down(spec)}"),
         ("evaluation", evaluation),
         ("updates", ", ".join(f"{count} {outcome}" for outcome, count in sorted(totals.items())) or "none yet"),
         ("staleness", staleness),
@@ -94,6 +95,12 @@ def entry_updates(entry: dict[str, str]) -> list[dict[str, Any]]:
     """Return the updates of a ledger entry as stored."""
     updates: list[dict[str, Any]] = json.loads(entry["updates"])
     return updates
+
+
+def _down(spec: dict[str, Any]) -> str:
+    """Say what workers pull."""
+    snapshots = f"{spec.get('snapshots', 'float32')} models"
+    return snapshots if spec.get("downlink", "off") == "off" else f"{spec['downlink']} deltas, or {snapshots}"
 
 
 def _queue(depths: dict[str, int]) -> str:

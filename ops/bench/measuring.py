@@ -10,17 +10,17 @@ import numpy as np
 
 from ops.bench.recorded import Delta
 from shared.compression import encode_with_feedback, parse
-from shared.compression.block_int import BlockInts
-from shared.compression.floats import BFloats, Floats
+from shared.compression.floats import FLOAT16, BFloats, Floats
 from shared.compression.pipeline import Dense, Pipeline, Sparse
 from shared.compression.quantizer import Quantized
 from shared.compression.rotate import RotatedValues
-from shared.compression.tensors import SLAB
+from shared.compression.tensors import SLAB, parts_of
 from shared.vector import Vector
 
 SEED = 7
 DRAWS = 3  # of a stochastic codec, for its bias
 GIGA = 1e9
+ENOUGH_S, CALLS_MAX = 0.15, 41  # how long, and how often, at least `repeats` times, one thing is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,9 @@ class Row:
     Attributes:
         codec: its name.
         bits: of payload per parameter.
-        entropy: order-0 entropy of what is written per parameter: of the symbols, and of the positions if any are
-            left out; nan for float32, whose values hardly repeat.
+        entropy: order-0 entropy of the symbols and of the positions of what is selected, per parameter; nan for
+            float32, whose values hardly repeat.
+        beside: bits of scales and of small tensors per parameter, which no entropy coder is to make smaller.
         nmse: ||x - decoded||^2 / ||x||^2 of one update without any residual.
         bias: <decoded, x> / ||x||^2 - 1, mean over a few draws; nan for a codec that is biased and says so.
         encode: GB of float32 per second of processor time, with error feedback where the codec has it.
@@ -41,6 +42,7 @@ class Row:
     codec: str
     bits: float
     entropy: float
+    beside: float
     nmse: float
     bias: float
     encode: float
@@ -48,8 +50,13 @@ class Row:
 
     @property
     def excess(self) -> float:
-        """Coded size over entropy, minus 1."""
-        return self.bits / self.entropy - 1
+        """Coded size over the entropy and what stands beside it, minus 1."""
+        return self.bits / (self.entropy + self.beside) - 1
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than float32."""
+        return 32 / self.bits
 
 
 def row(name: str, delta: Delta, repeats: int) -> Row:
@@ -59,7 +66,7 @@ def row(name: str, delta: Delta, repeats: int) -> Row:
     nmse, bias = errors(codec, delta)
     encode_s, decode_s = times(codec, delta, repeats)
     bits = 8 * len(encoded.payload) / x.size
-    return Row(name, bits, entropy(codec, delta), nmse, bias, x.nbytes / GIGA / encode_s, x.nbytes / GIGA / decode_s)
+    return Row(name, bits, *entropy(codec, delta), nmse, bias, x.nbytes / GIGA / encode_s, x.nbytes / GIGA / decode_s)
 
 
 def errors(codec: Pipeline, delta: Delta) -> tuple[float, float]:
@@ -99,10 +106,15 @@ def times(codec: Pipeline, delta: Delta, repeats: int) -> tuple[float, float]:
 
 
 def median_s(once: Callable[[], Any], repeats: int) -> float:
-    """Return the median processor time of one call: of this process alone, whatever else runs on the machine."""
+    """Return the median processor time of one call: of this process alone, whatever else runs on the machine.
+
+    What takes long is called `repeats` times, what is over soon more often: a busy neighbour is felt for a while.
+    """
+    started = time.process_time()
     once()
+    enough = int(ENOUGH_S / max(time.process_time() - started, 1e-6))
     seconds = []
-    for _ in range(repeats):
+    for _ in range(max(repeats, min(enough, CALLS_MAX))):
         started = time.process_time()
         once()
         seconds.append(time.process_time() - started)
@@ -115,22 +127,32 @@ def copy_rate(delta: Delta, repeats: int) -> float:
     return delta.values.nbytes / GIGA / median_s(lambda: np.copyto(target, delta.values), max(repeats, 9))
 
 
-def entropy(codec: Pipeline, delta: Delta) -> float:
-    """Return the order-0 entropy of what a codec writes, in bits per parameter; scales and heads are not counted."""
+def entropy(codec: Pipeline, delta: Delta) -> tuple[float, float]:
+    """Return the order-0 entropy of what a codec writes, and what stands beside it, in bits per parameter."""
     plain = replace(codec, zstd=False)
     encoded = plain.encode(delta.values, delta.layout, np.random.default_rng(SEED))
     decoded = plain.decode(encoded.payload, encoded.params, delta.layout)
+    parts = parts_of(delta.layout, codec.whole)
+    beside = 8.0 * FLOAT16.bytes_max(parts.small.size, 1) if parts.small.size else 0.0
     bits = 0.0
-    for part in decoded.parts:
-        quantized = getattr(part, "quantized", None)
-        count = part.at.size if isinstance(part, Sparse) else part.runs.size if isinstance(part, Dense) else 0
-        if quantized is None or not count:
-            continue
-        bits += count * _bits_each(quantized, count)
-        if isinstance(part, Sparse) and codec.selection is not None and codec.selection.name.startswith("topk"):
-            size = sum(other.runs.size for other in decoded.parts if isinstance(other, Dense))
-            bits += positions_entropy(count, delta.values.size - size)
-    return bits / delta.values.size
+    if parts.body.size:
+        body = decoded.parts[-1]
+        assert isinstance(body, Dense | Sparse)  # noqa: S101 - what a pipeline makes
+        count = body.at.size if isinstance(body, Sparse) else body.runs.size
+        bits = count * _bits_each(body.quantized, count)
+        beside += _scale_bits(body.quantized)
+        if codec.selection is not None and codec.selection.name.startswith("topk"):
+            bits += positions_entropy(count, parts.body.size)
+    return float(bits) / delta.values.size, beside / delta.values.size
+
+
+def _scale_bits(quantized: Quantized) -> float:
+    """Return the bits of the scales: float16 a block, or float32 a tensor or a rotated block."""
+    inner = quantized.inner if isinstance(quantized, RotatedValues) else quantized
+    if isinstance(inner, Floats | BFloats):
+        return 0.0
+    factors, scales = getattr(inner, "factors", None), getattr(inner, "scales", None)
+    return 16.0 * factors.size if factors is not None else 32.0 * scales.size if scales is not None else 0.0
 
 
 def positions_entropy(count: int, size: int) -> float:
@@ -155,22 +177,11 @@ def _bits_each(quantized: Quantized, count: int) -> float:
 
 def entropy_of(quantized: Quantized, count: int) -> float:
     """Return the order-0 entropy of `count` values, in bits each."""
-    if not isinstance(quantized, Floats | BFloats | BlockInts):
-        values = np.empty(count, np.float32)
-        for start in range(0, count, SLAB):
-            stop = min(start + SLAB, count)
-            quantized.inflate(start, stop, 1.0, values[start:stop])
-        return shannon(np.unique(values, return_counts=True)[1])
-    out = np.empty(min(SLAB, count), np.float32)
-    found = np.zeros(0, np.int64)
+    values = np.empty(count, np.float32)
     for start in range(0, count, SLAB):
-        part = out[: min(SLAB, count - start)]
-        quantized.inflate(start, start + part.size, 1.0, part)
-        codes = part.astype(np.float16 if isinstance(quantized, Floats) else np.float32)
-        bits = codes.view(np.uint16).astype(np.int64) if codes.itemsize == 2 else codes.view(np.uint32) >> 16
-        counts = np.bincount(bits.astype(np.int64), minlength=1 << 16)
-        found = counts if not found.size else found + counts
-    return shannon(found)
+        stop = min(start + SLAB, count)
+        quantized.inflate(start, stop, 1.0, values[start:stop])
+    return shannon(np.unique(values, return_counts=True)[1])
 
 
 def shannon(counts: Any) -> float:

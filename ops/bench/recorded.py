@@ -119,9 +119,9 @@ def _examples() -> tuple["torch.Tensor", "torch.Tensor"]:
     import torch
 
     if os.environ.get("FEDMQ_DATA"):
-        from worker.tasks.mnist import _read
+        from worker.tasks.mnist import read_part
 
-        return _read("train")
+        return read_part("train")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

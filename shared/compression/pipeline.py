@@ -165,8 +165,7 @@ class Pipeline:
             written = self.quantizer.encode(values, rng)
             params |= written.params
             sections += written.pieces
-        payload = b"".join(sections)
-        return Encoded(compress(payload) if self.zstd else payload, params)
+        return Encoded(compress(sections) if self.zstd else b"".join(sections), params)
 
     def decode(self, payload: bytes | memoryview, params: Params, layout: Layout) -> DecodedParts:
         """Run them backwards, checking every size first."""

@@ -173,7 +173,7 @@ def _parse(name: str, fed_back: bool) -> Pipeline:
     quantizer = _build(QUANTIZERS, left, name)
     if quantizer is None and selection is not None and not rotated:
         quantizer = FloatQuantizer("float32")
-    packed, zstd = take("pack"), take("zstd")
+    packed, zstd = quantizer is not None and take("pack"), quantizer is not None and take("zstd")
     if quantizer is None or left:
         raise SettingsError(
             f"codec {name!r} makes no sense at {left[0][0] if left else 'its end'!r}: the order is "

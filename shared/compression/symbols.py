@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared.compression.entropy import compress
+from shared.compression.entropy import literal_bytes
 from shared.compression.quantizer import Piece, read_scales
 from shared.compression.tensors import SLAB, Indices, tensor_pieces
 from shared.errors import Reason, RejectedUpdate
@@ -25,7 +25,8 @@ PER_BYTE = {1: 5, 2: 3, 7: 2, 127: 1}  # L -> m
 FULL = 255  # the code of a group that stands in full
 LARGEST = 32767  # numbers beyond are clipped: towards zero, so a contraction stays one
 _HEAD = struct.Struct("<BI")
-_SAMPLE = 61_440  # numbers on which the choice of L is tried out
+_SAMPLE = 30_720  # numbers on which the choice of L is tried out
+_FULL_SHARE_MAX = 0.3  # an L that more of the numbers exceed is not tried
 _STEP = 61_440  # numbers packed at once: a multiple of every m
 
 Symbols = npt.NDArray[np.int16]
@@ -142,7 +143,9 @@ def _best(symbols: Symbols) -> int:
         length = _SAMPLE // pieces
         starts = np.linspace(0, symbols.size - length, pieces).astype(np.int64)
         symbols = np.concatenate([symbols[start : start + length] for start in starts.tolist()])
-    return min(PER_BYTE, key=lambda largest: len(compress(b"".join(_write(symbols, largest)))))
+    exceed = {largest: np.count_nonzero(np.abs(symbols) > largest) for largest in PER_BYTE}
+    tried = [largest for largest in PER_BYTE if exceed[largest] <= _FULL_SHARE_MAX * symbols.size] or [127]
+    return min(tried, key=lambda largest: literal_bytes(_write(symbols, largest)))
 
 
 def _write(symbols: Symbols, largest: int) -> tuple[Piece, ...]:
@@ -156,11 +159,14 @@ def _write(symbols: Symbols, largest: int) -> tuple[Piece, ...]:
         if part.size % m:
             part = np.concatenate([part, np.zeros(-part.size % m, np.int16)])
         rows = part.reshape(-1, m)
-        packed = (part.astype(np.float32) + np.float32(largest)).reshape(-1, m) @ _POWERS[largest]
+        shifted = part.astype(np.float32)
+        shifted += np.float32(largest)
+        packed = shifted if m == 1 else shifted.reshape(-1, m) @ _POWERS[largest]
         target = codes[start // m : start // m + len(rows)]
         outside = np.flatnonzero((part > largest) | (part < -largest))
         if outside.size:
-            at = np.unique(outside // m)
+            at = outside // m
+            at = at[np.flatnonzero(np.diff(at, prepend=-1))]
             packed[at] = FULL
             full.append(rows[at])
         target[:] = packed

@@ -34,8 +34,8 @@ def train(model: torch.nn.Module, context: Context) -> TrainResult:
     """Train on this worker's share."""
     settings = context.settings
     shares, samples = int(settings.get("shares", "10")), int(settings.get("samples", "1000"))
-    images, labels = _read("train")
-    dealt = _shares(shares, int(settings.get("shards", "3")), samples)
+    images, labels = read_part("train")
+    dealt = shares_of(shares, int(settings.get("shards", "3")), samples)
     mine = dealt[share_of(context.client, settings, shares)]
     return local_sgd(
         model, images[mine], labels[mine], lr=float(settings.get("lr", "0.05")), seed=context.seed,
@@ -45,7 +45,7 @@ def train(model: torch.nn.Module, context: Context) -> TrainResult:
 
 def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     """Measure on the test images."""
-    images, labels = _read("t10k")
+    images, labels = read_part("t10k")
     model.eval()
     with torch.no_grad():
         outputs = model(images)
@@ -71,7 +71,7 @@ def _idx(name: str) -> npt.NDArray[np.uint8]:
 
 
 @lru_cache
-def _read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
+def read_part(part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images [n, 1, 28, 28], mean 0 and deviation 1, and labels [n]."""
     images = torch.from_numpy(_idx(f"{part}-images-idx3-ubyte").astype(np.float32) / 255.0)
     labels = torch.from_numpy(_idx(f"{part}-labels-idx1-ubyte").astype(np.int64))
@@ -79,6 +79,7 @@ def _read(part: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @lru_cache
-def _shares(shares: int, shards_each: int, samples: int) -> list[torch.Tensor]:
-    labels = _read("train")[1].numpy()[: shares * samples]
+def shares_of(shares: int, shards_each: int, samples: int) -> list[torch.Tensor]:
+    """Deal the first `shares * samples` training images; return each share's indices."""
+    labels = read_part("train")[1].numpy()[: shares * samples]
     return [torch.from_numpy(part) for part in label_shards(labels, shares, shards_each, seed=1)]

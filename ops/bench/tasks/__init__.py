@@ -1,0 +1,1 @@
+"""Tasks of the experiments; not built in."""
