@@ -20,6 +20,8 @@ models_app = typer.Typer(no_args_is_help=True, help="The versions of a job's mod
 app.add_typer(models_app, name="models")
 codecs_app = typer.Typer(invoke_without_command=True, help="How updates can be compressed.")
 app.add_typer(codecs_app, name="codecs")
+bench_app = typer.Typer(invoke_without_command=True, help="Measurements beside their limits and their peers.")
+app.add_typer(bench_app, name="bench")
 
 StoreUrl = Annotated[str | None, typer.Option(help="Redis URL; FEDMQ_STORE_URL")]
 BrokerUrl = Annotated[str | None, typer.Option(help="RabbitMQ URL; FEDMQ_BROKER_URL")]
@@ -102,17 +104,44 @@ def init(path: Annotated[Path, typer.Argument(help="file to write")]) -> None:
         write(path)
 
 
-@app.command()
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     params: Annotated[str, typer.Option(help="model sizes, comma separated")] = "100k,1M,10M",
     out: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
     repeats: Annotated[int, typer.Option(help="runs per number; the median is shown", min=1)] = 5,
 ) -> None:
     """Measure fold, end-to-end throughput and memory beside their limits, on private servers."""
+    if context.invoked_subcommand is None:
+        with exit_codes():
+            from ops.bench.main import run
+
+            run(params, repeats, out)
+
+
+@bench_app.command("codecs")
+def bench_codecs(
+    params: Annotated[str, typer.Option(help="model sizes, comma separated")] = "1M,10M",
+    out: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
+    repeats: Annotated[int, typer.Option(help="runs per number; the median is shown", min=1)] = 5,
+) -> None:
+    """Measure every codec: bits against the entropy, error, speed; and other compressors at equal error."""
     with exit_codes():
-        from ops.bench.main import run
+        from ops.bench.codecs import run
 
         run(params, repeats, out)
+
+
+@bench_app.command("fuzz")
+def bench_fuzz(
+    inputs: Annotated[int, typer.Option(help="damaged payloads for each codec", min=1)] = 100_000,
+    seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
+) -> None:
+    """Feed every codec's decoder damaged and lying payloads."""
+    with exit_codes():
+        from ops.bench.fuzz import run
+
+        run(inputs, seed)
 
 
 @codecs_app.callback()

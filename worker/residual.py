@@ -43,17 +43,20 @@ REFUSED = ("stale", "rejected")
 NORM_MAX = 1e15  # codecs take values up to 1e16
 
 
+HORIZONS = 10  # a residual stays whole for so many times the job's staleness_max
+
+
 def decay(gap: int, horizon: int) -> float:
     """Return the share of a residual that still counts: 1 up to the horizon, halved by every further one.
 
         d(g) = 2^-(g/h - 1)  for g > h, else 1
 
-    A residual as old as the updates the server still takes is as good as they are; an older one points where the
-    model no longer is.
+    An old residual points where the model no longer is. The horizon is HORIZONS times the staleness the server takes,
+    so that a slow worker, whose updates are refused now and then, does not lose again what came back.
 
     Args:
         gap: g, versions since the residual was last used; negative when the job began anew.
-        horizon: h, the job's staleness_max; less than 1 counts as 1.
+        horizon: h, in versions; less than 1 counts as 1.
 
     Returns:
         Factor in [0, 1].
@@ -95,7 +98,7 @@ class Residual:
             delta: float32 [n], finite; changed in place.
             layout: the model's.
             version: the model version now.
-            horizon: the job's staleness_max, versions.
+            horizon: versions after which an old residual decays (`decay`).
             rng: of the codec.
 
         Raises:

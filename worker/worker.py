@@ -35,7 +35,7 @@ from worker.auto import FIRST, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.replica import Replica
-from worker.residual import Residual
+from worker.residual import HORIZONS, Residual
 from worker.task import Context, Model, Task, TrainResult, read, write
 
 log = logging.getLogger("fedmq.worker")
@@ -88,7 +88,7 @@ class Worker:
         result, delta = self._train(context)
         train_seconds = time.perf_counter() - started
         self._metrics.train.observe(train_seconds)
-        name, horizon = self._job["codec"], int(self._job["staleness_max"])
+        name, horizon = self._job["codec"], HORIZONS * int(self._job["staleness_max"])
         automatic = name == AUTO
         codec = self._auto.codec(delta, self._image.layout, train_seconds, context.seed) if automatic else parse(name)
         rng = np.random.default_rng(context.seed)

@@ -10,7 +10,7 @@ RED, GREEN, BLUE, ORANGE, VIOLET, BROWN, GREY = (
     "#c1272d", "#0a7d4f", "#1f5fa8", "#c97a08", "#7b4ab5", "#8a5a2b", "#6b6b6b",
 )  # fmt: skip
 DRAWN = {  # codec -> (label, colour, offset of the label in points, its alignment)
-    "int8": ("int8", BLUE, (6, -15), "left"),
+    "int8": ("int8", BLUE, (9, -5), "left"),
     "int8 | zstd": ("safe: int8 | zstd", BLUE, (-2, -16), "center"),
     "int4": ("int4", BLUE, (8, 4), "left"),
     "int4 | zstd": ("int4 | zstd", BLUE, (-4, 8), "center"),
@@ -24,7 +24,7 @@ DRAWN = {  # codec -> (label, colour, offset of the label in points, its alignme
     "uniform(step=2) | pack | zstd": ("balanced: uniform(step=2)", RED, (-9, -12), "right"),
     "uniform(step=1) | pack | zstd": ("step=1", RED, (-9, -9), "right"),
     "uniform(step=4) | pack | zstd": ("step=4", RED, (-6, -14), "right"),
-    "topk(0.01) | ternary | zstd": ("tiny: topk(0.01) | ternary", GREEN, (-4, -17), "left"),
+    "topk(0.01) | ternary | zstd": ("tiny: topk(0.01)", GREEN, (4, -18), "right"),
     "topk(0.05) | int4(nearest) | zstd": ("topk(0.05) | int4", GREEN, (-10, -13), "right"),
 }
 ZSTD = (("int8", "int8 | zstd"), ("int4", "int4 | zstd"), ("nf4", "nf4 | zstd"))

@@ -19,6 +19,7 @@ import zstandard
 
 from shared.compression import decode, parse
 from shared.compression.codec import Params
+from shared.compression.registry import EXAMPLES
 from shared.errors import Reason, RejectedUpdate
 from shared.layout import Layout
 
@@ -251,3 +252,19 @@ BOMBS = (
     b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd",  # a frame to be skipped
     _compress(b"ab", known_size=True) * 2,
 )  # fmt: skip
+
+
+def run(inputs: int, seed: int) -> None:
+    """Fuzz every codec and print a row each; a failure ends with what repeats it.
+
+    Args:
+        inputs: for each codec.
+        seed: of everything random.
+    """
+    print("| codec | inputs | rejected | decoded to something finite | slowest, ms |\n|---|---:|---:|---:|---:|")
+    for name in EXAMPLES:
+        result = fuzz(name, inputs, seed)
+        print(
+            f"| `{name.replace('|', chr(92) + '|')}` | {result.inputs:,} | {result.rejected:,} | {result.accepted:,} "
+            f"| {1e3 * result.slowest_s:.1f} |", flush=True,
+        )  # fmt: skip

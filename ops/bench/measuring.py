@@ -69,9 +69,9 @@ def row(name: str, delta: Delta, repeats: int) -> Row:
     return Row(name, bits, *entropy(codec, delta), nmse, bias, x.nbytes / GIGA / encode_s, x.nbytes / GIGA / decode_s)
 
 
-def errors(codec: Pipeline, delta: Delta) -> tuple[float, float]:
-    """Return NMSE of one draw, and the bias of a few if the codec promises none."""
-    draws = DRAWS if codec.unbiased and codec.quantizer.name != "float32" else 1
+def errors(codec: Pipeline, delta: Delta, draws: int = DRAWS) -> tuple[float, float]:
+    """Return NMSE, and the bias of a codec that promises none: means over some draws; of the others one draw tells."""
+    draws = draws if codec.unbiased and codec.quantizer.name != "float32" else 1
     decoded = np.empty_like(delta.values)
     square = dot(delta.values, delta.values)
     nmse, projections = 0.0, []

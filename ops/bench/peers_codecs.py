@@ -23,7 +23,7 @@ from shared.compression.registry import EXAMPLES
 from shared.compression.tensors import parts_of
 from shared.vector import Vector
 
-STEPS = tuple(float(f"{0.0501 * 2 ** (k / 4):.3g}") for k in range(30))  # 0.05 to 7.6 RMS
+STEPS = tuple(float(f"{0.05 * 2 ** (k / 16):.3g}") for k in range(117))  # 0.05 to 7.6 RMS
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 

@@ -56,6 +56,14 @@ def test_any_truncation_and_any_tail_is_refused(name):
         refused(name, encoded.payload + tail, encoded.params)
 
 
+@pytest.mark.parametrize("name", ["topk(0.1)", "topk(0.1) | ternary | zstd", "topk(0.1) | rotate | eden(2)"])
+def test_nothing_may_follow_where_nothing_is_selected(name):
+    encoded = encode(name, np.zeros(LAYOUT.num_params, np.float32), LAYOUT)
+    assert encoded.params["kept"] == 0
+    plain = (zstandard.decompress(encoded.payload) if parse(name).zstd else encoded.payload) + b"\0\0\0\0"
+    assert refused(name, frame(plain) if parse(name).zstd else plain, encoded.params) == Reason.CODEC
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_payload_of_another_layout_is_refused(name):
     encoded = encode(name, bumpy(LAYOUT.num_params), LAYOUT)

@@ -28,6 +28,7 @@ from tests.simulation.mass import (
     residual_on_disk,
 )
 from worker.folder import Folder
+from worker.residual import HORIZONS
 from worker.task import TrainResult
 
 EVENTS = 45
@@ -197,7 +198,8 @@ class Fleet:
         noise = 0 * exact if feedback else Spy.given - exact
         account = self.accounts[name]
         account.made[update_id] = Made(self.delta, exact, noise, found[0].name.endswith(".kept.update"))
-        account.decayed += residual * decayed_share(update.base_version - version, self.system.settings.staleness_max)
+        horizon = HORIZONS * self.system.settings.staleness_max
+        account.decayed += residual * decayed_share(update.base_version - version, horizon)
 
     def _train_and_kill(self, name: str) -> None:
         self.killer.left = int(self.rng.integers(1, KILL_POINTS))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aggregator.admission import Admission, admit
-from shared.compression.registry import ALL_NAMES
+from shared.compression.registry import EXAMPLES
 from shared.errors import Reason, RejectedUpdate
 from shared.messages import ENVELOPE_BYTES_MAX, encode
 from tests.builders import JOB, System, delivery_of, model_of, packed, record_of, update_of, weights
@@ -91,7 +91,7 @@ def test_a_message_larger_than_its_codec_can_need_is_rejected_before_it_is_decod
     assert reason_of(spoiled(extra=bytes(ENVELOPE_BYTES_MAX + 1000))).reason == Reason.TOO_LARGE
 
 
-@pytest.mark.parametrize("name", ALL_NAMES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("all")])
 def test_every_codec_passes_admission(name):
     update = update_of(weights(1), codec=name, base_version=0)
     _, delta = admit(delivery_of(encode(update)), admission(), 0)

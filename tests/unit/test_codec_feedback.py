@@ -42,8 +42,8 @@ def test_the_residual_stays_bounded_and_everything_is_sent_sooner_or_later(name)
         assert error < 0.25, error
 
 
-def descend(name, targets, layout, feedback, rounds=400, rate=0.05):
-    """Minimise sum_i ||x - t_i||^2 / 2 by clients that send compressed steps in turn; return the distance left."""
+def descend(name, targets, layout, feedback, rounds=500, rate=0.02):
+    """Minimise sum_i ||x - t_i||^2 / 2 by clients that send compressed steps in turn; return x less the optimum."""
     codec, rng = parse(name), np.random.default_rng(0)
     x = np.zeros(layout.num_params)
     residuals = [np.zeros(layout.num_params, np.float32) for _ in targets]
@@ -56,29 +56,29 @@ def descend(name, targets, layout, feedback, rounds=400, rate=0.05):
             else:
                 step += inflate(decoded(codec.name, encode(codec.name, delta, layout, turn), layout), layout)
         x += step / len(targets)
-    optimum = np.mean(targets, axis=0)
-    return float(np.linalg.norm(x - optimum) / np.linalg.norm(optimum))
+    return x - np.mean(targets, axis=0)
 
 
 def test_topk_needs_feedback():
     """Two clients whose largest gradients cancel: without feedback nothing else is ever sent."""
-    layout, rng = layout_of((50, 40)), np.random.default_rng(0)
-    common, torn = rng.standard_normal(2000), np.zeros(2000)
-    torn[:200] = 50.0
-    targets = [common + torn, common - torn]
-    assert descend("topk(0.05)", targets, layout, feedback=False) > 0.8
-    assert descend("ef | topk(0.05)", targets, layout, feedback=True) < 0.4
+    layout, common = layout_of((50, 40)), np.random.default_rng(0).standard_normal(2000)
+    torn = np.where(np.arange(2000) < 400, 10.0, 0.0)
+    targets, rest = [common + torn, common - torn], slice(400, None)
+    without = descend("topk(0.1)", targets, layout, feedback=False)
+    np.testing.assert_allclose(without[rest], -common[rest])  # has not moved
+    fed_back = descend("ef | topk(0.1)", targets, layout, feedback=True)
+    assert np.linalg.norm(fed_back[rest]) < 0.2 * np.linalg.norm(common[rest])
 
 
 def test_sign_needs_feedback():
     """Three clients, one of which outweighs the other two: the majority of signs points away from the optimum."""
-    layout, odd = layout_of((50, 40)), np.arange(2000) % 2
-    noise = np.random.default_rng(0).choice([-30.0, 30.0], 2000) * odd  # keeps everybody's mean magnitude alike
-    targets = [np.where(odd, noise, 12.0), np.where(odd, noise, -3.0), np.where(odd, noise, -3.0)]
-    without = descend("ef | sign", targets, layout, feedback=False)
-    fed_back = descend("ef | sign", targets, layout, feedback=True)
-    assert fed_back < 0.05
-    assert without > 2 * fed_back
+    layout, odd = layout_of((50, 40)), np.arange(2000) % 2 > 0
+    torn = np.random.default_rng(0).choice([-30.0, 30.0], 2000)  # nobody agrees: mean magnitudes stay alike
+    targets = [np.where(odd, noise, pull) for noise, pull in ((30.0, 12.0), (-30.0, -3.0), (torn, -3.0))]
+    without = descend("ef | sign", targets, layout, feedback=False)[~odd]  # the optimum there: 2
+    fed_back = descend("ef | sign", targets, layout, feedback=True)[~odd]
+    assert np.abs(without).mean() > 3
+    assert np.abs(fed_back).mean() < 1
 
 
 def test_the_residual_is_what_the_decoder_did_not_see():

@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+from shared.compression import parse
 from shared.compression.quantizer import dither
 from shared.compression.symbols import PER_BYTE, decode_symbols, encode_symbols, symbols_bytes_max
 from shared.errors import Reason, RejectedUpdate
@@ -167,3 +168,13 @@ def test_dither_is_uniform_and_symmetric():
     for p in (0.1, 0.5, 0.9):
         assert abs((u < p).mean() - p) < 5 * np.sqrt(p * (1 - p) / 1e6)
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["uniform(step=1)", "uniform(step=1, stochastic) | pack | zstd"])
+def test_values_whose_squares_vanish_are_zero_and_do_not_all_become_outliers(name):
+    """Their RMS would be measured far too small, every value stand in full, and the update be refused as too large."""
+    layout = layout_of((70_001, 1))
+    delta = np.full(70_001, 2.6e-23, np.float32)
+    delta[5] = 3e-23
+    assert len(encode(name, delta, layout).payload) <= parse(name).payload_bytes_max(layout)
+    assert not through(name, delta, layout).any()
