@@ -303,6 +303,12 @@ class Aggregator:
                 f"the job's open buffer is of {kind}, these settings are of {self._rule.buffer_kind}: start once more "
                 "with the old ones and FEDMQ_BUFFER_SIZE=1 until it is empty"
             )
+        if self._rule.needs_base and stored.head.published:
+            raise SettingsError(
+                f"workers hold version {stored.head.version} as the downlink published it, and rule {self._rule.name} "
+                "needs the very weights they started from: start once with FEDMQ_RULE=fedbuff and FEDMQ_DOWNLINK=off "
+                "until the next version is made"
+            )
         state = from_stored(stored, self._rule.arrays)
         self._bases.clear()
         self.metrics.version.set(state.version)

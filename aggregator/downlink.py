@@ -51,11 +51,15 @@ class Downlink:
     def adopt(self, head: Head) -> None:
         """Rebuild xhat from what is stored; where that fails, the next publication begins with a snapshot.
 
+        Where nothing was published yet workers hold the model itself: that is the xhat the first delta starts from.
+
         Raises:
             StoreUnavailable: nothing has changed.
         """
         index, image = self._store.published(-1), None
-        if self._codec is not None and head.published:
+        if self._codec is not None and not head.published:
+            image = self._store.model(head.version)
+        elif self._codec is not None:
             way = plan(index, head.version, -1)
             try:
                 image = carry_out(way, self._store, None) if way is not None else None

@@ -8,7 +8,7 @@ import typer
 from aggregator.__main__ import HELP as AGGREGATOR_HELP
 from aggregator.__main__ import run as run_aggregator
 from shared.command import exit_codes, settings_command
-from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load, parse_pairs
+from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load
 from worker.__main__ import HELP as WORKER_HELP
 from worker.__main__ import run as run_worker
 
@@ -166,7 +166,7 @@ def codecs_try(
     with exit_codes():
         from ops.codecs import try_task
 
-        try_task(task, parse_pairs(task_settings), codec or [], seed, out)
+        try_task(task, task_settings, codec or [], seed, out)
 
 
 @models_app.command("init")

@@ -1,8 +1,8 @@
 """`fedmq codecs`: what there is, and what each does to one local training of the user's own task."""
 
+import math
 from pathlib import Path
 
-import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -10,9 +10,11 @@ from rich.table import Table
 from shared.compression import AUTO, PRESETS, parse
 from shared.compression.measure import Measurement, measure
 from shared.compression.presets import AUTO_DESCRIPTION
+from shared.compression.tensors import SMALL, parts_of
+from shared.config import parse_pairs
 from shared.errors import SettingsError
 from shared.layout import Layout
-from shared.vector import Vector
+from shared.vector import NORM_MAX, Vector, squared_norm
 from worker.task import Context, Task, read
 
 STAGES = {
@@ -63,45 +65,67 @@ def show() -> None:
     )
 
 
-def try_task(task_name: str, task_settings: dict[str, str], extra: list[str], seed: int, out: Path) -> None:
+def try_task(task_name: str, task_settings: str, extra: list[str], seed: int, out: Path) -> None:
     """Run one local training through every preset and some more codecs; print a table, draw a picture.
 
     Args:
         task_name: built-in name or file.
-        task_settings: the task's own.
+        task_settings: the task's own, as a=1,b=2 or JSON.
         extra: further codecs to try.
         seed: of the training and of every codec.
         out: PNG to write.
 
     Raises:
-        SettingsError: an unknown codec, an unusable task, or a picture that cannot be written.
+        SettingsError: an unknown codec, settings that cannot be read, an unusable task, or a picture that cannot be
+            written.
         TaskError: the task raised.
     """
-    names = [*PRESETS, *TRIED, *extra]
-    codecs = {name: parse(name) for name in names}
-    delta, layout, metrics = _one_training(Task.load(task_name), task_settings, seed)
-    console = Console()
-    console.print(
+    if AUTO in (name.strip() for name in extra):
+        raise SettingsError(
+            f"--codec {AUTO}: it is each worker's own choice among the presets, made from its first updates, and "
+            "cannot be tried by itself; the presets are in the table anyway"
+        )
+    codecs = {name: parse(name) for name in (*PRESETS, *TRIED, *extra)}
+    try:
+        settings = parse_pairs(task_settings)
+    except ValueError as error:
+        raise SettingsError(f"--task-settings {task_settings}: {error}") from error
+    delta, layout, metrics = _one_training(Task.load(task_name), settings, seed)
+    print(
         f"{task_name}: one local training, {layout.num_params:,} parameters, {4 * layout.num_params:,} bytes as float32"
         + (f"; {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}" if metrics else "")
     )
     rows = {name: measure(codec, delta, layout, seed) for name, codec in codecs.items()}
+    _print_table(rows)
+    small = parts_of(layout, whole=False).small.size
+    if 2 * small > layout.num_params:
+        print(
+            f"{small:,} of {layout.num_params:,} parameters travel as float16 whatever the stages: tensors of one "
+            f"dimension or fewer than {SMALL:,} elements. `all | ...` would include them: --codec 'all | int8 | zstd'"
+        )
+    print(
+        "NMSE and bias are those of one update; with ef the rest follows with the next ones.\n"
+        "Every message adds about 400 bytes. For a job: FEDMQ_CODEC=tiny, or the stages."
+    )
+    drawn = {name: row for name, row in rows.items() if row.nmse >= NMSE_DRAWN}
+    if drawn:
+        _draw(drawn, layout, task_name, out)
+        print(f"picture: {out}")
+    else:
+        print(f"no picture: the NMSE of every codec is below {NMSE_DRAWN:g}")
+
+
+def _print_table(rows: dict[str, Measurement]) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("codec", "bytes", "ratio", "NMSE", "bias", "enc ms", "dec ms"):
         table.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
     for name, row in sorted(rows.items(), key=lambda item: -item[1].payload_bytes):
-        label = f"[bold]{name}[/bold]" if name in PRESETS else codecs[name].name
+        label = f"[bold]{name}[/bold]" if name in PRESETS else parse(name).name
         table.add_row(
-            label, f"{row.payload_bytes:,}", f"{row.ratio:.1f}x", f"{row.nmse:.4f}", f"{row.bias:+.3f}",
+            label, f"{row.payload_bytes:,}", f"{row.ratio:.1f}x", f"{row.nmse:.4f}", f"{row.bias:.3f}",
             f"{1e3 * row.encode_s:.2f}", f"{1e3 * row.decode_s:.2f}",
         )  # fmt: skip
-    console.print(table)
-    console.print(
-        "NMSE and bias are those of one update; with ef the rest follows with the next ones.\n"
-        "Every message adds about 400 bytes. For a job: FEDMQ_CODEC=tiny, or the stages."
-    )
-    _draw(rows, layout, task_name, out)
-    console.print(f"picture: {out}")
+    Console().print(table)
 
 
 def _one_training(task: Task, settings: dict[str, str], seed: int) -> tuple[Vector, Layout, dict[str, float]]:
@@ -109,8 +133,12 @@ def _one_training(task: Task, settings: dict[str, str], seed: int) -> tuple[Vect
     before = read(model)
     result = task.train(model, Context("codecs", 0, seed, settings))
     delta = read(model).weights - before.weights
-    if not np.isfinite(delta).all() or not delta.any():
-        raise SettingsError(f"the training of {task.name} changed nothing, or gave weights that are not finite")
+    norm = math.sqrt(squared_norm(delta))
+    if not 0 < norm <= NORM_MAX:  # nor NaN
+        raise SettingsError(
+            f"the training of {task.name} changed the weights by a norm of {norm:.4g}: it must be above 0, finite and "
+            f"at most {NORM_MAX:g}"
+        )
     return delta, before.layout, dict(result.metrics)
 
 
@@ -123,7 +151,7 @@ def _draw(rows: dict[str, Measurement], layout: Layout, title: str, out: Path) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5), dpi=110)
-    drawn = sorted(((row.payload_bytes, row.nmse, name) for name, row in rows.items() if row.nmse >= NMSE_DRAWN))
+    drawn = sorted((row.payload_bytes, row.nmse, name) for name, row in rows.items())
     for number, (size, nmse, name) in enumerate(drawn, 1):
         color = "#c0392b" if name in PRESETS else "#2c6e9c"
         axes.scatter(size, nmse, s=150, color=color, zorder=3, label=f"{number:2d}  {name}")

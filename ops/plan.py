@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from shared.compression import canonical
-from shared.config import AggregatorSettings, WorkerSettings
+from shared.compression import canonical, downlink_codec
+from shared.config import AggregatorSettings, WorkerSettings, readable
 from shared.errors import SettingsError
 
 
@@ -46,7 +47,7 @@ def plan(
     """Fill in what depends on the task; the downlink is on unless nothing is compressed at all.
 
     Raises:
-        SettingsError: fewer workers or updates than make sense, or an unknown codec.
+        SettingsError: fewer workers or updates than make sense, or settings that do not fit.
     """
     updates = DEFAULT_UPDATES.get(Path(task).stem, 1000) if updates is None else updates
     if workers < 1 or buffer_size < 1 or updates < buffer_size:
@@ -66,11 +67,16 @@ def plan(
         raise SettingsError(f"the demo needs {error.name}: pip install 'fedmq[demo]'") from error
     codec = canonical(codec)
     downlink = downlink or ("off" if codec == "float32" else "on")
+    try:
+        downlink_codec(downlink)
+    except SettingsError as error:
+        raise SettingsError(f"--downlink: {error}") from error
     job = Plan(task, updates, workers, codec, downlink, buffer_size, seed, out)
     try:
         AggregatorSettings(**job_settings(job))
-    except ValueError as error:
-        raise SettingsError(f"--downlink {downlink}: {error}") from error
+    except ValidationError as error:
+        problems = readable(error, AggregatorSettings)
+        raise SettingsError("\n  ".join(["these settings need a change:", *problems])) from error
     return job
 
 

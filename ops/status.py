@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.command import log_to_stderr
+from shared.compression.presets import DOWNLINK_ON
 from shared.config import Settings
 from shared.errors import SettingsError, Unavailable
 from shared.store.ports import Head
@@ -99,8 +100,10 @@ def entry_updates(entry: dict[str, str]) -> list[dict[str, Any]]:
 
 def _down(spec: dict[str, Any]) -> str:
     """Say what workers pull."""
-    snapshots = f"{spec.get('snapshots', 'float32')} models"
-    return snapshots if spec.get("downlink", "off") == "off" else f"{spec['downlink']} deltas, or {snapshots}"
+    snapshots, downlink = f"{spec.get('snapshots', 'float32')} models", spec.get("downlink", "off")
+    if downlink == "off":
+        return snapshots
+    return f"{DOWNLINK_ON if downlink == 'on' else downlink} deltas, or {snapshots}"
 
 
 def _queue(depths: dict[str, int]) -> str:

@@ -203,7 +203,7 @@ def load(kind: type[S], flags: dict[str, Any] | None = None) -> S:
         given = {name: value for name, value in (flags or {}).items() if value is not None}
         settings = kind(**given)
     except ValidationError as error:
-        problems += [_readable(item, kind) for item in error.errors()]
+        problems += readable(error, kind)
         settings = None
     if problems or settings is None:
         raise SettingsError("\n  ".join(["these settings need a change:", *problems]) if problems else "settings")
@@ -262,6 +262,16 @@ def _unknown(name: str) -> str:
     """Say that there is no such setting; its value may be a secret and is not repeated."""
     near = difflib.get_close_matches(_plain(name), KNOWN, 1)
     return f"{name}: no such setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
+
+
+def readable(error: ValidationError, kind: type[Settings]) -> list[str]:
+    """Return each problem of settings as `NAME=value: what is wrong`, without pydantic's own text.
+
+    Args:
+        error: what building `kind` raised.
+        kind: the settings.
+    """
+    return [_readable(item, kind) for item in error.errors()]
 
 
 def _readable(item: Any, kind: type[Settings]) -> str:

@@ -9,6 +9,10 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float32]
 
+# The norm of a delta, and of a residual: no training makes a larger one, and every codec can write and read back what
+# is below it (its scales stay under SCALE_MAX of compression/quantizer.py).
+NORM_MAX = 1e11
+
 BLOCK_ELEMENTS = 1 << 16  # 256 KiB of float32: measured fastest of 8k to 128k; block and scratch fit an L2 cache
 
 
@@ -25,7 +29,7 @@ def add_scaled(total: Vector, x: npt.NDArray[np.floating], scale: float) -> None
     for start in range(0, total.size, BLOCK_ELEMENTS):
         block = total[start : start + BLOCK_ELEMENTS]
         product = scratch[: block.size]
-        np.multiply(x[start : start + BLOCK_ELEMENTS], factor, out=product)
+        np.multiply(x[start : start + BLOCK_ELEMENTS], factor, out=product, dtype=np.float32)
         np.add(block, product, out=block)
 
 

@@ -53,7 +53,7 @@ def deltas(size):
         "last only": (places == size - 1) * 1.0,
         "normal": normal,
         "bumpy": bumpy(size),
-        "huge": normal * 1e12,
+        "huge": normal * 1e8,
         "tiny": normal * 1e-20,
         "vanishing": normal * 1e-23,
         "denormal": normal * 1e-42,

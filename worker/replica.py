@@ -26,13 +26,18 @@ class Replica:
     Attributes:
         image: the weights; None before the first pull, and after one that left them half done.
         version: theirs; -1 while there are none.
+        sha256: their hash, as the head announced it.
     """
 
     def __init__(self, store: WorkerStore, metrics: WorkerMetrics) -> None:
         self._store, self._metrics = store, metrics
         self.image: ModelImage | None = None
         self.version = -1
-        self._published = False  # deltas lead on only from published weights
+        self.sha256 = ""
+
+    def differs(self, head: Head) -> bool:
+        """Tell whether the head announces other weights; also of the same version, in a job that began anew."""
+        return (head.version, head.published or head.sha256) != (self.version, self.sha256)
 
     def pull(self, head: Head) -> ModelImage:
         """Move to the head's version, in place where deltas lead there.
@@ -47,8 +52,8 @@ class Replica:
         if not head.published:
             image = self._store.model(head.version)
             self._count("model", image.data.size)
-            return self._take(image, head, published=False)
-        held = self.version if self._published and self.image is not None else -1
+            return self._take(image, head)
+        held = self.version if self.image is not None else -1
         if held >= head.version:  # the job began anew, or went back
             held = -1
         way = plan(self._store.published(held), head.version, held)
@@ -67,7 +72,7 @@ class Replica:
 
     def forget(self) -> None:
         """Let go of the weights: they are no longer the job's, or damaged."""
-        self.image, self.version, self._published = None, -1, False
+        self.image, self.version, self.sha256 = None, -1, ""
 
     def _follow(self, way: Plan, head: Head) -> ModelImage | None:
         """Carry out a plan; None and counted when what comes out is not what the head announces."""
@@ -81,10 +86,10 @@ class Replica:
             self._metrics.mismatches.inc()
             log.warning("pulled weights of version %d do not fit (%s): pulling a snapshot", head.version, problem)
             return None
-        return self._take(image, head, published=True)
+        return self._take(image, head)
 
-    def _take(self, image: ModelImage, head: Head, *, published: bool) -> ModelImage:
-        self.image, self.version, self._published = image, head.version, published
+    def _take(self, image: ModelImage, head: Head) -> ModelImage:
+        self.image, self.version, self.sha256 = image, head.version, head.published or head.sha256
         return image
 
     def _count(self, how: str, size_bytes: int) -> None:

@@ -17,6 +17,15 @@ applied one goes, the mass of a refused one comes back. A refused update made wi
 codec keeps no account either. Whenever an outcome is not certain - more updates sent than are kept, a kept file that
 cannot be read - the update counts as applied: mass may be lost then, never doubled.
 
+Mass grows old. The residual and every kept update know their mean version, that is when their mass was trained:
+
+    u <- (|e| u + |v| u_v) / (|e| + |v|)    when v joins e: the delta at the version now, a refused update at its own u
+
+What is older than the horizon decays (`decay`), wherever it was meanwhile: mass that goes round, sent and refused and
+sent again, is as old as if it had stayed. Only the last flight of a refused update counts as one horizon at most: a
+delta that was refused once comes back whole, however late. If all updates are refused, each a share x <= 1 of a
+horizon after the one before, the next is as large as 1 / (1 - f) deltas at most, f = 2^(1 - x - f): 25 for x = 1/10.
+
 Source: Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847, algorithm 2 (EF-SGD).
 """
 
@@ -32,21 +41,18 @@ from shared.layout import Layout
 from shared.messages import decode as decode_message
 from shared.metrics import WorkerMetrics
 from shared.store.ports import WorkerStore
-from shared.vector import Vector, add_scaled, squared_norm
+from shared.vector import NORM_MAX, Vector, add_scaled, squared_norm
 from worker import residual_file
 from worker.outbox import Outbox
-from worker.residual_file import Header
+from worker.residual_file import MEANS_MAX, Header
 
 log = logging.getLogger("fedmq.worker")
 
 REFUSED = ("stale", "rejected")
-NORM_MAX = 1e15  # codecs take values up to 1e16
-
-
 HORIZONS = 10  # a residual stays whole for so many times the job's staleness_max
 
 
-def decay(gap: int, horizon: int) -> float:
+def decay(gap: float, horizon: int) -> float:
     """Return the share of a residual that still counts: 1 up to the horizon, halved by every further one.
 
         d(g) = 2^-(g/h - 1)  for g > h, else 1
@@ -55,7 +61,7 @@ def decay(gap: int, horizon: int) -> float:
     so that a slow worker, whose updates are refused now and then, does not lose again what came back.
 
     Args:
-        gap: g, versions since the residual was last used; negative when the job began anew.
+        gap: g, the mean age of what is in it, in versions.
         horizon: h, in versions; less than 1 counts as 1.
 
     Returns:
@@ -63,6 +69,26 @@ def decay(gap: int, horizon: int) -> float:
     """
     horizon = max(1, horizon)
     return 1.0 if gap <= horizon else 0.5 ** (gap / horizon - 1.0)
+
+
+def fade(mean: float, version: int, horizon: int) -> tuple[float, float]:
+    """Return the share of some mass that is left, and the mean version it has from here on.
+
+    What has decayed counts as one horizon old: how often a worker trains makes no difference to how fast it decays.
+
+    Args:
+        mean: mean version of the mass.
+        version: the model version now.
+        horizon: as of `decay`.
+    """
+    return decay(version - mean, horizon), max(mean, version - max(1, horizon))
+
+
+def mean_version(norm: float, mean: float, norm_joining: float, mean_joining: float) -> float:
+    """Return the mean version of two parts, weighted by their norms; when the first is zero that of the second."""
+    if norm == 0.0:
+        return mean_joining
+    return (norm * mean + norm_joining * mean_joining) / (norm + norm_joining)
 
 
 class Residual:
@@ -80,15 +106,19 @@ class Residual:
         self._cursor = 0  # of the store's outcomes
         self._said: set[str] = set()
         self._vector: Vector | None = None  # None is zero
-        self._layout, self._version = "", 0  # what it is of, and when it was last used
+        self._layout, self._mean = "", 0.0  # what it is of, and the mean version of what is in it
+        self._means: dict[int, float] = {}  # the same of the updates kept, by number
+        self._newest = (0, 0)  # version and revision seen
+        self._first = 0  # number of the first update of this run of the job
         self._returned: list[int] = []  # refused updates it took back since it was written
         self._carries = False  # the update under way holds a residual
         self._dirty = False  # between encode and put: memory is ahead of the file
         self._open()
 
     def encode(
-        self, codec: Codec, delta: Vector, layout: Layout, version: int, horizon: int, rng: np.random.Generator
-    ) -> Encoded:
+        self, codec: Codec, delta: Vector, layout: Layout, version: int, revision: int | None, horizon: int,
+        rng: np.random.Generator,
+    ) -> Encoded:  # fmt: skip
         """Encode a delta together with the residual; `put` must follow.
 
         With a codec without feedback the residual goes along as a whole and is zero after.
@@ -98,7 +128,8 @@ class Residual:
             delta: float32 [n], finite; changed in place.
             layout: the model's.
             version: the model version now.
-            horizon: versions after which an old residual decays (`decay`).
+            revision: of the head it was pulled with; None when the store was away.
+            horizon: age in versions from which a residual decays (`decay`).
             rng: of the codec.
 
         Raises:
@@ -107,11 +138,13 @@ class Residual:
         if self._dirty:
             self._open()
         self._dirty = True  # until put
+        held = self._vector is not None  # then the file must not keep it
+        anew = self._began_anew(version, revision)
         self._fit(layout)
         self._age(version, horizon)
-        self._settle(layout)
-        self._bound()
-        self._carries = codec.feedback or self._vector is not None or bool(self._returned)
+        self._settle(layout, version, horizon)
+        self._mean = mean_version(self._bound(), self._mean, _norm(delta), version)
+        self._carries = codec.feedback or held or anew or self._vector is not None or bool(self._returned)
         if codec.feedback:
             if self._vector is None:
                 self._vector = np.zeros(layout.num_params, np.float32)
@@ -129,7 +162,12 @@ class Residual:
         if self._carries:
             sequence = self._outbox.stage(body)
             size = 0 if self._vector is None else self._vector.size
-            header = Header(self._layout, size, self._version, sequence, self._returned)
+            kept = sorted({*self._outbox.unsettled().values()}.difference(self._returned))[-MEANS_MAX:]
+            self._means = {s: self._means[s] for s in kept if s in self._means} | {sequence: self._mean}
+            header = Header(
+                self._layout, size, self._mean, sequence, self._returned,
+                means=self._means, newest_version=self._newest[0], newest_revision=self._newest[1], first=self._first,
+            )  # fmt: skip
             residual_file.write(self._outbox.folder, header, self._vector)
             self._outbox.release(sequence)
             self._outbox.forget(self._returned, durable=True)
@@ -151,9 +189,26 @@ class Residual:
         except (OSError, ValueError) as error:
             header, made = Header(), None
             log.warning("the residual %s is damaged (%s): what it held is lost; starting from zero", path, error)
-        self._layout, self._version = header.layout, header.version
+        self._layout, self._mean, self._means = header.layout, header.version, header.means
+        self._newest, self._first = (header.newest_version, header.newest_revision), header.first
         self._outbox.recover(made, header.returned)
         self._metrics.residual_norm.set(_norm(self._vector))
+
+    def _began_anew(self, version: int, revision: int | None) -> bool:
+        """Tell whether this is another run of the job; then all that is of the former one goes."""
+        newest_version, newest_revision = self._newest[0], max(self._newest[1], self._cursor)
+        now = newest_revision if revision is None else revision
+        if version >= newest_version and now >= newest_revision:
+            self._newest = version, now
+            return False
+        log.warning(
+            "the job began anew, or its store went back (to version %d from %d, revision %d from %d): the residual's "
+            "norm of %.4g and %d sent updates are of the former run and count no more",
+            version, newest_version, now, newest_revision, _norm(self._vector), len(self._outbox.unsettled()),
+        )  # fmt: skip
+        self._newest, self._cursor = (version, revision or 0), 0
+        self._vector, self._outcomes, self._first = None, {}, self._outbox.next_sequence
+        return True
 
     def _fit(self, layout: Layout) -> None:
         """Drop a residual of another model."""
@@ -166,22 +221,18 @@ class Residual:
         self._layout = layout.hash
 
     def _age(self, version: int, horizon: int) -> None:
-        """Let a residual fade that was not used for long."""
-        gap, self._version = version - self._version, version
-        if gap < 0:  # the job began anew, and so do its revisions
-            self._cursor = 0
+        """Let a residual fade that is old."""
         if self._vector is None:
             return
-        factor = decay(gap, horizon)
-        if factor < 1.0:
-            self._say("decay", f"the residual was last used {gap} versions ago: it counts {factor:.3g}")
-            self._vector *= np.float32(factor)
+        share, mean = fade(self._mean, version, horizon)
+        if share < 1.0:
+            self._say("decay", f"the residual is {version - self._mean:.0f} versions old: it counts {share:.3g}")
+            self._vector *= np.float32(share)
+        self._mean = mean
 
-    def _settle(self, layout: Layout) -> None:
-        """Forget what was applied and take back what was refused, as far as the store tells.
-
-        The mass of a refused update comes back whole, however old it is.
-        """
+    def _settle(self, layout: Layout, version: int, horizon: int) -> None:
+        """Forget what was applied and take back what was refused, as far as the store tells."""
+        self._outbox.forget([s for s in self._outbox.sent() if s < self._first])
         unsettled = self._outbox.unsettled()
         self._outcomes = {s: self._outcomes[s] for s in unsettled.values() if s in self._outcomes}
         if not unsettled:
@@ -196,7 +247,7 @@ class Residual:
                 self._outcomes.setdefault(unsettled[update_id], outcome)
         known = [s for s in self._outbox.sent() if s in self._outcomes]  # one not confirmed may be published again
         for sequence in known:
-            if self._outcomes[sequence] in REFUSED and self._take_back(sequence, layout):
+            if self._outcomes[sequence] in REFUSED and self._take_back(sequence, layout, version, horizon):
                 self._returned.append(sequence)
         self._outbox.forget([s for s in known if s not in self._returned])
         surplus = self._outbox.surplus(self._returned)
@@ -204,8 +255,12 @@ class Residual:
             self._say("surplus", f"{len(surplus)} sent updates are beyond the outbox's limits: they count as applied")
             self._outbox.forget(surplus)
 
-    def _take_back(self, sequence: int, layout: Layout) -> bool:
-        """Add the mass of a refused update to the residual; tell whether it could be read."""
+    def _take_back(self, sequence: int, layout: Layout, version: int, horizon: int) -> bool:
+        """Add the mass of a refused update to the residual; tell whether it could be read.
+
+        What was trained for it comes back whole, however late: its flight counts as one horizon at most. What it held
+        of a residual older than that fades as if it had stayed.
+        """
         try:
             body = self._outbox.sent_body(sequence)
             update = decode_message(body, len(body))
@@ -217,15 +272,20 @@ class Residual:
             return False
         if self._vector is None:
             self._vector = np.zeros(layout.num_params, np.float32)
-        delta.add_into(self._vector, 1.0)
+        forgiven = max(0, version - update.base_version - max(1, horizon))
+        share, mean = fade(self._means.get(sequence, update.base_version) + forgiven, version, horizon)
+        norm = share * math.sqrt(delta.squared_norm())
+        self._mean = mean_version(_norm(self._vector), self._mean, norm, mean)
+        delta.add_into(self._vector, share)
         return True
 
-    def _bound(self) -> None:
-        """Drop a residual no update can carry: it would spoil every one to come."""
+    def _bound(self) -> float:
+        """Drop a residual no update can carry: it would spoil every one to come; return the norm."""
         norm = _norm(self._vector)
         if not norm <= NORM_MAX:  # nor NaN
             log.warning("the residual's norm of %.4g is beyond %.4g: it is lost, starting from zero", norm, NORM_MAX)
-            self._vector = None
+            self._vector, norm = None, 0.0
+        return norm
 
     def _say(self, topic: str, message: str) -> None:
         """Warn the first time, then leave it to the debug log."""

@@ -1,7 +1,7 @@
 """The residual on disk: one file, replaced as a whole.
 
     fedmq-residual 1 <crc32 of all that follows, 8 hex digits>
-    {"layout": ..., "num_params": ..., "version": ..., "made": ..., "returned": [...]}
+    {"layout": ..., "num_params": ..., "version": ..., "made": ..., "returned": [...], "means": {...}, ...}: `Header`
     the array, float32, little-endian; missing when it is zero
 
 Each update made with feedback writes it once: 4 bytes a parameter, whatever the codec makes of the update. With 10
@@ -12,9 +12,10 @@ comes back from a refused update shares the write of the next one, and a zero re
 """
 
 import json
+import math
 import os
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from worker.folder import Folder
 NAME = "residual"
 MAGIC = "fedmq-residual 1"
 LINE_BYTES_MAX = 1 << 20  # the header with the numbers of a full outbox takes a hundredth of it
+MEANS_MAX = 10_000  # newest updates of which it holds the mean version, a third of the line
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,24 @@ class Header:
     Attributes:
         layout: hash of the layout it was made for.
         num_params: length of its array; 0 when it is zero.
-        version: model version it was last used at.
+        version: mean version at which what is in it was trained, weighted by norm.
         made: number of the last update whose leftovers it holds, -1 for none.
         returned: numbers of the refused updates whose mass it took back in this write.
+        means: number -> mean version of what an update carries, of those that may come back.
+        newest_version: of the model, that was seen.
+        newest_revision: of the job, that was seen; a lower one means that the job began anew.
+        first: number of the first update of this run of the job; those before never come back.
     """
 
     layout: str = ""
     num_params: int = 0
-    version: int = 0
+    version: float = 0.0
     made: int = -1
     returned: list[int] = field(default_factory=list)
+    means: dict[int, float] = field(default_factory=dict)
+    newest_version: int = 0
+    newest_revision: int = 0
+    first: int = 0
 
 
 def write(folder: Folder, header: Header, vector: Vector | None) -> None:
@@ -92,8 +102,11 @@ def _bytes(vector: Vector | None) -> memoryview:
 def _header(line: bytes) -> Header:
     try:
         header = Header(**json.loads(line))
-        fits = 0 <= header.num_params <= NUM_PARAMS_MAX and all(isinstance(s, int) for s in header.returned)
-        if not fits or not isinstance(header.made + header.version, int) or not isinstance(header.layout, str):
+        header = replace(header, means={int(number): mean for number, mean in header.means.items()})
+        whole = [header.made, header.newest_version, header.newest_revision, header.first, *header.returned]
+        fits = 0 <= header.num_params <= NUM_PARAMS_MAX and all(isinstance(number, int) for number in whole)
+        finite = all(math.isfinite(mean) for mean in (header.version, *header.means.values()))
+        if not fits or not finite or not isinstance(header.layout, str):
             raise ValueError("a value out of range")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error

@@ -30,8 +30,8 @@ from shared.messages import (
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import WorkerStore
-from shared.vector import squared_norm
-from worker.auto import FIRST, AutoCodec
+from shared.vector import NORM_MAX, squared_norm
+from worker.auto import CHOICES, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.replica import Replica
@@ -70,6 +70,7 @@ class Worker:
         self._model: Model = None
         self._own: ModelImage | None = None  # this task's own model, for its layout
         self._replica = Replica(store, metrics)  # what the model is loaded from
+        self._revision: int | None = None  # of the head last pulled; None while the store is away
         self._job: dict[str, Any] = {}
         self._said: str | None = None
 
@@ -92,7 +93,7 @@ class Worker:
         automatic = name == AUTO
         codec = self._auto.codec(delta, self._image.layout, train_seconds, context.seed) if automatic else parse(name)
         rng = np.random.default_rng(context.seed)
-        encoded = self._residual.encode(codec, delta, self._image.layout, self._version, horizon, rng)
+        encoded = self._residual.encode(codec, delta, self._image.layout, self._version, self._revision, horizon, rng)
         update = Update(
             job=self.settings.job,
             client=self.settings.client_id,
@@ -167,7 +168,7 @@ class Worker:
         """
         try:
             head = self._store.head()
-            if head is not None and (head.version != self._version or head.layout != self._image.layout.hash):
+            if head is not None and (self._replica.differs(head) or head.layout != self._image.layout.hash):
                 self._job = self._store.job()
                 if not self._job:
                     self._not_started()
@@ -181,11 +182,12 @@ class Worker:
             if self._base is None:
                 raise
             self._say(f"{error}; training on from version {self._version}")
+            self._revision = None
             return True
         if head is None:
             self._not_started()
             return False
-        self._said = None
+        self._said, self._revision = None, head.revision
         self._metrics.version.set(self._version)
         return True
 
@@ -220,7 +222,8 @@ class Worker:
             )
         limit = int(self._job["update_bytes_max"])
         name = self._job["codec"]
-        size = parse(FIRST if name == AUTO else name).payload_bytes_max(theirs) + ENVELOPE_BYTES_MAX
+        names = CHOICES if name == AUTO else (name,)
+        size = max(parse(each).payload_bytes_max(theirs) for each in names) + ENVELOPE_BYTES_MAX
         if size > limit:
             raise SettingsError(
                 f"an update of {theirs.num_params} parameters as {name} may take {size} bytes, the job's "
@@ -250,8 +253,11 @@ class Worker:
             )
         delta = after.weights
         delta -= start
-        if not np.isfinite(squared_norm(delta)):
-            raise TaskError(f"train() of {self._task.name} gave weights that are not finite: the update is not sent")
+        norm = math.sqrt(squared_norm(delta))
+        if not norm <= NORM_MAX:  # nor NaN
+            finite = math.isfinite(norm)
+            what = f"a delta of norm {norm:.4g}, above {NORM_MAX:g}" if finite else "weights that are not finite"
+            raise TaskError(f"train() of {self._task.name} gave {what}: the update is not sent")
         return result, delta
 
     def _say(self, message: str) -> None:

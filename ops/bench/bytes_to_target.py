@@ -3,7 +3,7 @@
     FEDMQ_DATA=... python -m ops.bench.bytes_to_target [--seeds 3] [--processes 2] [--out FOLDER]
 
 The whole system runs in one process in virtual time (`ops/embedded.py`): the production worker and aggregator, real
-training, real encoded messages. Each worker has three label shards of 200 images, a mean trip of its own
+training, real encoded messages. Each worker has four label shards of 150 images, a mean trip of its own
 (log-normal, mean 1.2 s) and rests 4.8 s on average after each (exponential). The target is reached when the mean of the
 last five evaluations is there; the run goes on to a fixed number of updates for the final accuracy.
 """
@@ -27,10 +27,10 @@ from shared.config import AggregatorSettings, WorkerSettings
 from worker.task import Task
 
 TASK = Path(__file__).parent / "tasks" / "mnist_cnn.py"
-WORKERS, BUFFER_SIZE, SERVER_LR, LR, BATCH, SHARDS = 100, 10, 1.0, 0.15, 30, 3
+WORKERS, BUFFER_SIZE, SERVER_LR, LR, BATCH, SHARDS = 100, 10, 1.0, 0.15, 30, 4
 TRIP_S, REST_S = 1.2, 4.8  # means: a fifth of the devices is busy at a time
 TARGET, WINDOW = 0.97, 5  # accuracy; evaluations it is averaged over
-UPDATES, EVALUATE_EVERY = 3_000, 5  # trips in all; versions between two evaluations
+UPDATES, EVALUATE_EVERY = 2_500, 5  # trips in all; versions between two evaluations
 FINAL = 10  # evaluations the final accuracy is averaged over
 CONFIGURATIONS = {  # name -> codec, downlink
     "float32": ("none", "off"),
@@ -154,7 +154,7 @@ def draw(runs: list[Run], path: Path) -> None:
     axes.annotate("97 %", (axes.get_xlim()[0], TARGET), (4, 4), textcoords="offset points", color="#616e7c")
     axes.set(xscale="log", xlabel="megabytes sent by all devices together", ylabel="accuracy on the test images")
     axes.set_ylim(0.85, 0.985)
-    axes.set_title("MNIST, 100 workers with three label shards each, FedBuff: accuracy against bytes", loc="left")
+    axes.set_title("MNIST, 100 workers with four label shards each, FedBuff: accuracy against bytes", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     figure.savefig(path)

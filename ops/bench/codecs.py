@@ -81,7 +81,7 @@ def codec_table(delta: Delta, rows: list[Row], copy: float) -> list[str]:
         entropy = "-" if math.isnan(r.entropy) else f"{r.entropy:.3f} + {r.beside:.3f}"
         lines.append(
             f"| `{_cell(r.codec)}` | {r.bits:.3f} | {entropy} | {_or_dash(r.excess, '+.1%')} | {r.ratio:.1f} "
-            f"| {r.nmse:.3g} | {_or_dash(r.bias, '+.4f')} | {r.encode:.2f} | {r.encode / copy:.0%} | {r.decode:.2f} "
+            f"| {r.nmse:.3g} | {_or_dash(r.bias, '.4f')} | {r.encode:.2f} | {r.encode / copy:.0%} | {r.decode:.2f} "
             f"| {r.decode / copy:.0%} |"
         )
     return [*lines, ""]

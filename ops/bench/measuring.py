@@ -1,5 +1,6 @@
 """Sizes, errors and times of one codec on one delta."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 from ops.bench.recorded import Delta
 from shared.compression import encode_with_feedback, parse
 from shared.compression.floats import FLOAT16, BFloats, Floats
+from shared.compression.measure import squared_bias
 from shared.compression.pipeline import Dense, Pipeline, Sparse
 from shared.compression.quantizer import Quantized
 from shared.compression.rotate import RotatedValues
@@ -34,7 +36,7 @@ class Row:
             float32, whose values hardly repeat.
         beside: bits of scales and of small tensors per parameter, which no entropy coder is to make smaller.
         nmse: ||x - decoded||^2 / ||x||^2 of one update without any residual.
-        bias: <decoded, x> / ||x||^2 - 1, mean over a few draws; nan for a codec that is biased and says so.
+        bias: ||E[decoded] - x|| / ||x||, estimated from a few draws; nan for a codec that is biased and says so.
         encode: GB of float32 per second of processor time, with error feedback where the codec has it.
         decode: the same for decode, check and add.
     """
@@ -74,16 +76,17 @@ def errors(codec: Pipeline, delta: Delta, draws: int = DRAWS) -> tuple[float, fl
     draws = draws if codec.unbiased and codec.quantizer.name != "float32" else 1
     decoded = np.empty_like(delta.values)
     square = dot(delta.values, delta.values)
-    nmse, projections = 0.0, []
+    total, squares = np.zeros_like(delta.values), []
     for draw in range(draws):
         rng = np.random.default_rng(SEED + draw)
         encoded = codec.encode(delta.values, delta.layout, rng)
         decoded.fill(0)
         codec.decode(encoded.payload, encoded.params, delta.layout).add_into(decoded, 1.0)
-        projections.append(dot(decoded, delta.values) / square - 1)
         decoded -= delta.values
-        nmse += dot(decoded, decoded) / square / draws
-    return nmse, statistics.mean(projections) if draws > 1 else float("nan")
+        total += decoded
+        squares.append(dot(decoded, decoded))
+    bias = math.sqrt(squared_bias(dot(total, total), squares) / square) if draws > 1 else math.nan
+    return statistics.mean(squares) / square, bias
 
 
 def times(codec: Pipeline, delta: Delta, repeats: int) -> tuple[float, float]:

@@ -197,15 +197,11 @@ def _measure(peer: Peer, delta: Delta, repeats: int) -> Result:
         offset = (x.ctypes.data - delta.values.ctypes.data) // 4
         decoded[offset : offset + x.size] = peer.decompress(code, x.size)
     encode_s = median_s(lambda: [peer.compress(x) for x in tensors], repeats)
-    decode_s = median_s(
-        lambda: [peer.decompress(c, x.size) for c, x in zip(compressed, tensors, strict=True)], repeats
-    )
+    decode_s = median_s(lambda: [peer.decompress(c, x.size) for c, x in zip(compressed, tensors, strict=True)], repeats)
     plain = delta.values.size - sum(x.size for x in tensors)
     size = sum(map(peer.size, compressed)) + 4 * plain
     rate = delta.values.nbytes / 1e6
-    return Result(
-        peer.name, delta.values.nbytes / size, *_errors(decoded, delta), rate / encode_s, rate / decode_s
-    )
+    return Result(peer.name, delta.values.nbytes / size, *_errors(decoded, delta), rate / encode_s, rate / decode_s)
 
 
 def _errors(decoded: Vector, delta: Delta) -> tuple[float, float]:

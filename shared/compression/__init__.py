@@ -10,6 +10,6 @@ from shared.compression.presets import AUTO, PRESETS
 from shared.compression.registry import canonical, codec_of, decode, downlink_codec, parse
 
 __all__ = [
-    "AUTO", "PRESETS", "Codec", "Decoded", "Encoded", "canonical", "codec_of", "decode", "downlink_codec", "encode_with_feedback",
-    "parse",
+    "AUTO", "PRESETS", "Codec", "Decoded", "Encoded", "canonical", "codec_of", "decode", "downlink_codec",
+    "encode_with_feedback", "parse",
 ]  # fmt: skip

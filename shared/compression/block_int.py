@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from shared.compression.codec import Params
 from shared.compression.quantizer import Quantized, Written, dither, exactly, read_scale
-from shared.compression.tensors import Indices, Values
+from shared.compression.tensors import SLAB, Indices, Values
 from shared.errors import Reason, RejectedUpdate
 from shared.vector import Vector
 
@@ -108,15 +108,15 @@ class BlockIntQuantizer:
         blocks = -(-values.size // BLOCK)
         steps = np.zeros(blocks, np.float32)
         for start, x in values.slabs():
-            rows = _rows(x)
+            rows = rows_of(x)
             steps[start // BLOCK : start // BLOCK + len(rows)] = self._steps(rows)
         scale, scales = relative_scales(steps)
         integers = np.zeros(blocks * BLOCK, np.int8)
         with np.errstate(divide="ignore"):
             inverse = np.where(scales > 0, 1 / (scales.astype(np.float32) * np.float32(scale)), 0)
-        scratch = np.empty((-(-min(values.size, 1 << 16) // BLOCK), BLOCK), np.float32)
+        scratch = np.empty((-(-min(values.size, SLAB) // BLOCK), BLOCK), np.float32)
         for start, x in values.slabs():
-            rows = _rows(x)
+            rows = rows_of(x)
             first = start // BLOCK
             slab = np.multiply(rows, inverse[first : first + len(rows), None], out=scratch[: len(rows)])
             if self.rounding == "stochastic":
@@ -167,7 +167,7 @@ def read_relative_scales(name: str, payload: memoryview, blocks: int, scale: flo
     return scales
 
 
-def _rows(x: Vector, block: int = BLOCK) -> Vector:
+def rows_of(x: Vector, block: int = BLOCK) -> Vector:
     """Return x as rows of a block, the last one padded with zeros."""
     if x.size % block:
         x = np.concatenate([x, np.zeros(-x.size % block, np.float32)])

@@ -29,7 +29,7 @@ class Floats:
 
     def inflate(self, start: int, stop: int, weight: float, out: Vector) -> None:
         """Cast and scale."""
-        np.multiply(self.values[start:stop], np.float32(weight * self.scale), out=out)
+        np.multiply(self.values[start:stop], np.float32(weight * self.scale), out=out, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)

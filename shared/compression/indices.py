@@ -2,9 +2,9 @@
 
 A gap g >= 0 (positions skipped since the last one) is cut at b bits: the low part is written as it is, the high part
 g >> b in unary. Low parts lie in bit planes, unary codes one after the other: both are read and written by whole-array
-operations. b is the best for geometric gaps with this mean.
+operations. b follows from k and the length of the vector: the best for geometric gaps.
 
-    u8 b | planes of the low parts [b * ceil(k / 8)] | unary codes: g >> b zeros and a one each, padded to a byte
+    planes of the low parts [b * ceil(k / 8)] | unary codes: g >> b zeros and a one each, padded to a byte
 
 Repeated or descending positions cannot be written; positions beyond the end are refused.
 Measured against block-wise bit packing of gaps: `ops/bench/README.md`.
@@ -18,7 +18,7 @@ from shared.compression.bits import from_planes, plane_bytes, to_planes
 from shared.compression.tensors import Indices
 from shared.errors import Reason, RejectedUpdate
 
-LOW_BITS_MAX = 32
+LOW_BITS_MAX = 32  # a gap of a vector of NUM_PARAMS_MAX
 
 
 def indices_bytes_max(count: int, size: int) -> int:
@@ -30,46 +30,61 @@ def indices_bytes_max(count: int, size: int) -> int:
     if not count:
         return 0
     bits = count * (max(0.0, float(np.log2(np.log(2) * size / count))) + 0.5 + 1 + 2.05)
-    return int(bits / 8) + LOW_BITS_MAX + 3  # and each plane and the unary code padded to a byte
+    return int(bits / 8) + LOW_BITS_MAX + 2  # and each plane and the unary code padded to a byte
 
 
 def encode_indices(indices: Indices, size: int) -> bytes:
     """Write ascending distinct positions below `size`."""
     if not indices.size:
         return b""
-    low = _low_bits(indices.size, size)
+    low = low_bits(indices.size, size)
     gaps = np.diff(indices, prepend=-1) - 1
     ends = np.cumsum((gaps >> low) + 1)
     unary = np.zeros(int(ends[-1]), np.uint8)
     unary[ends - 1] = 1
-    return bytes([low]) + to_planes(gaps.astype(np.uint64), low) + np.packbits(unary).tobytes()
+    return to_planes(gaps.astype(np.uint64), low) + np.packbits(unary).tobytes()
 
 
 def decode_indices(payload: memoryview, count: int, size: int) -> Indices:
-    """Read `count` positions below `size`; raises `RejectedUpdate` and nothing else."""
+    """Read `count` positions below `size`; raises `RejectedUpdate` and nothing else.
+
+    Takes about 30 bytes of memory a position while it works.
+    """
     if not count:
         if len(payload):
             raise RejectedUpdate(Reason.CODEC, f"{len(payload)} bytes of positions where none are expected")
         return np.zeros(0, np.int64)
-    low = payload[0] if len(payload) else LOW_BITS_MAX + 1
+    low = low_bits(count, size)
     planes = low * plane_bytes(count)
-    if low > LOW_BITS_MAX or len(payload) <= 1 + planes:
+    if len(payload) <= planes:
         raise RejectedUpdate(Reason.CODEC, f"{len(payload)} bytes do not hold {count} positions of {low} low bits")
-    if len(payload) - 1 - planes > -(-(count + (size >> low)) // 8):
+    if len(payload) - planes > -(-(count + (size >> low)) // 8):
         raise RejectedUpdate(Reason.TOO_LARGE, f"{len(payload)} bytes for {count} positions below {size}")
-    ones = np.flatnonzero(np.unpackbits(np.frombuffer(payload, np.uint8, offset=1 + planes)))
+    ones = np.flatnonzero(np.unpackbits(np.frombuffer(payload, np.uint8, offset=planes)))
     if ones.size != count:
         raise RejectedUpdate(Reason.CODEC, f"{ones.size} positions where {count} are announced")
-    low_parts = from_planes(np.frombuffer(payload, np.uint8, planes, 1), low, count, 0, count, np.uint64)
-    gaps = (np.diff(ones, prepend=-1) - 1) << low
-    gaps += low_parts.astype(np.int64)
-    indices: Indices = np.cumsum(gaps + 1) - 1
+    indices: Indices = np.diff(ones, prepend=-1)  # gap >> low, plus one
+    del ones
+    indices -= 1
+    indices <<= low
+    indices += from_planes(np.frombuffer(payload, np.uint8, planes), low, count, 0, count, np.uint32)
+    indices += 1
+    np.cumsum(indices, out=indices)
+    indices -= 1
     if indices[-1] >= size:
         raise RejectedUpdate(Reason.CODEC, f"position {indices[-1]} of a vector of {size}")
     return indices
 
 
-def _low_bits(count: int, size: int) -> int:
-    """Return b = round(log2(ln 2 * mean gap)), the best Rice parameter for geometric gaps."""
-    mean = max(1.0, size / count)
-    return int(max(0, min(LOW_BITS_MAX, round(float(np.log2(np.log(2) * mean))))))
+def low_bits(count: int, size: int) -> int:
+    """Return b = round(log2(ln 2 * size / count)), the best Rice parameter for geometric gaps.
+
+    In whole numbers, so that sender and receiver agree on every machine: the least b with 2^(2b + 1) >= (ln 2 * gap)^2.
+    """
+    low = 0
+    while (1 << (2 * low + 1)) * count**2 * 10**12 < _LN2_SQUARED * size**2:
+        low += 1
+    return low
+
+
+_LN2_SQUARED = 480_453_013_918  # (ln 2)^2, times 10^12

@@ -1,5 +1,6 @@
 """What a codec does to one delta: its bytes, its error, its time. For people (`fedmq codecs try`) and for `auto`."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Measurement:
         payload_bytes: size of the encoded delta.
         ratio: how many times smaller than float32.
         nmse: ||x - decoded||^2 / ||x||^2 of one update; error feedback sends the rest with the next ones.
-        bias: <decoded, x> / ||x||^2 - 1, mean over the draws; about 0 when unbiased, negative when it shrinks.
+        bias: ||E[decoded] - x|| / ||x||, estimated from the draws; 0 when unbiased, sqrt(nmse) when deterministic.
         encode_s: seconds, median.
         decode_s: seconds to decode, check and add, median.
     """
@@ -43,26 +44,43 @@ def measure(codec: Codec, delta: Vector, layout: Layout, seed: int, draws: int =
         draws: how often, >= 1; sizes and errors are means, times medians.
     """
     square = float(np.dot(delta, delta)) or 1.0
-    total = np.zeros_like(delta)
+    one, total = np.empty_like(delta), np.zeros_like(delta)
     sizes: list[int] = []
     errors: list[float] = []
-    products: list[float] = []
+    squares: list[float] = []
     encode_s: list[float] = []
     decode_s: list[float] = []
     for draw in range(draws):
         started = time.perf_counter()
         encoded = codec.encode(delta, layout, np.random.default_rng((seed, draw)))
         encode_s.append(time.perf_counter() - started)
-        total.fill(0.0)
+        one.fill(0.0)
         started = time.perf_counter()
-        codec.decode(encoded.payload, encoded.params, layout).add_into(total, 1.0)
+        codec.decode(encoded.payload, encoded.params, layout).add_into(one, 1.0)
         decode_s.append(time.perf_counter() - started)
         sizes.append(len(encoded.payload))
-        products.append(float(np.dot(total, delta)) / square)
-        total -= delta
-        errors.append(float(np.dot(total, total)) / square)
+        one -= delta
+        total += one
+        squares.append(float(np.dot(one, one)))
+        errors.append(squares[-1] / square)
     size = statistics.mean(sizes)
     return Measurement(
-        round(size), delta.nbytes / max(1.0, size), statistics.mean(errors), statistics.mean(products) - 1,
+        round(size), delta.nbytes / max(1.0, size), statistics.mean(errors),
+        math.sqrt(squared_bias(float(np.dot(total, total)), squares) / square),
         statistics.median(encode_s), statistics.median(decode_s),
     )  # fmt: skip
+
+
+def squared_bias(squared_sum: float, squares: list[float]) -> float:
+    """Return ||mean error||^2 less what the spread of so few draws explains of it.
+
+    Args:
+        squared_sum: ||sum of the errors||^2.
+        squares: ||error||^2 of each draw.
+    """
+    draws = len(squares)
+    mean = squared_sum / draws**2
+    if draws == 1:
+        return mean
+    variance = max(0.0, (sum(squares) - draws * mean) / (draws - 1))
+    return max(0.0, mean - variance / draws)

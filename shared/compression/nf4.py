@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared.compression.block_int import _rows, read_relative_scales, relative_scales
+from shared.compression.block_int import read_relative_scales, relative_scales, rows_of
 from shared.compression.codec import Params
 from shared.compression.quantizer import Quantized, Written, exactly, read_scale
 from shared.compression.tensors import Indices, Values
@@ -71,14 +71,14 @@ class Nf4Quantizer:
         blocks = -(-values.size // BLOCK)
         steps = np.zeros(blocks, np.float32)
         for start, x in values.slabs():
-            rows = _rows(x, BLOCK)
+            rows = rows_of(x, BLOCK)
             steps[start // BLOCK : start // BLOCK + len(rows)] = np.abs(rows).max(axis=1)
         scale, scales = relative_scales(steps)
         with np.errstate(divide="ignore"):
             inverse = np.where(scales > 0, 1 / (scales.astype(np.float32) * np.float32(scale)), 0)
         packed = np.empty(blocks * BLOCK // 2, np.uint8)
         for start, x in values.slabs():
-            rows = _rows(x, BLOCK)
+            rows = rows_of(x, BLOCK)
             first = start // BLOCK
             scaled = (rows * inverse[first : first + len(rows), None]).reshape(-1)
             codes = np.zeros(scaled.size, np.uint8)

@@ -10,7 +10,7 @@ from shared.compression.tensors import SLAB, Indices, Values
 from shared.errors import Reason, RejectedUpdate
 from shared.vector import Vector
 
-SCALE_MAX = 1e16  # beyond it, the squared norm of a delta could overflow float32: no training makes that
+SCALE_MAX = 1e12  # times 32,767, the largest number a scale multiplies: a slab's squared norm still fits float32
 
 
 Piece = bytes | memoryview

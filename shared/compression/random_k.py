@@ -24,7 +24,7 @@ class RandomK:
     """A random share.
 
     Attributes:
-        share: p in (0, 1].
+        share: p in (0, 0.25].
     """
 
     share: float

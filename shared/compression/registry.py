@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,11 +19,11 @@ from shared.compression.presets import AUTO, DOWNLINK_ON, PRESETS
 from shared.compression.qsgd import QsgdQuantizer
 from shared.compression.quantizer import Quantizer
 from shared.compression.random_k import RandomK
-from shared.compression.selection import Selection
+from shared.compression.selection import SHARE, Selection
 from shared.compression.sign import SignQuantizer
 from shared.compression.ternary import TernaryQuantizer
 from shared.compression.top_k import TopK
-from shared.compression.uniform import STEP, UniformQuantizer
+from shared.compression.uniform import STEP, STEP_STOCHASTIC_MIN, UniformQuantizer
 from shared.errors import Reason, RejectedUpdate, SettingsError
 from shared.layout import Layout
 
@@ -41,7 +42,7 @@ def _whole(options: Options, key: str, low: int, high: int) -> int:
 
 def _number(options: Options, key: str, low: float, high: float) -> float:
     text = options.pop(key, "")
-    if not re.fullmatch(r"[0-9]{0,9}\.?[0-9]{0,9}(e-?[0-9]{1,2})?", text) or not re.search("[0-9]", text):
+    if not re.fullmatch(r"([0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9})(e-?[0-9]{1,2})?", text):
         raise ValueError(f"needs a number from {low:g} to {high:g}, got {text or 'none'}")
     if not low <= float(text) <= high:
         raise ValueError(f"needs a number from {low:g} to {high:g}, got {text}")
@@ -55,6 +56,12 @@ def _rounding(options: Options, default: str) -> str:
     return given
 
 
+def _uniform(options: Options) -> Quantizer:
+    rounding = _rounding(options, "nearest")
+    low = STEP[0] if rounding == "nearest" else STEP_STOCHASTIC_MIN
+    return UniformQuantizer(_number(options, "step", low, STEP[1]), rounding)
+
+
 # stage -> (its options in order, how it is built)
 QUANTIZERS: dict[str, tuple[tuple[str, ...], Callable[[Options], Quantizer]]] = {
     **{name: ((), lambda _, name=name: FloatQuantizer(name)) for name in WIDTH},  # type: ignore[misc]
@@ -62,15 +69,15 @@ QUANTIZERS: dict[str, tuple[tuple[str, ...], Callable[[Options], Quantizer]]] = 
     "int4": (("rounding",), lambda o: BlockIntQuantizer(4, _rounding(o, "stochastic"))),
     "int2": (("rounding",), lambda o: BlockIntQuantizer(2, _rounding(o, "stochastic"))),
     "nf4": ((), lambda _: Nf4Quantizer()),
-    "uniform": (("step", "rounding"), lambda o: UniformQuantizer(_number(o, "step", *STEP), _rounding(o, "nearest"))),
+    "uniform": (("step", "rounding"), _uniform),
     "ternary": (("rounding",), lambda o: TernaryQuantizer(_rounding(o, "nearest"))),
     "sign": ((), lambda _: SignQuantizer()),
     "qsgd": (("levels",), lambda o: QsgdQuantizer(_whole(o, "levels", 1, 127))),
     "eden": (("bits",), lambda o: EdenQuantizer(_whole(o, "bits", 1, max(CENTROIDS)))),
 }
 SELECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Options], Selection]]] = {
-    "topk": (("share",), lambda o: TopK(_number(o, "share", 1e-6, 1))),
-    "randomk": (("share",), lambda o: RandomK(_number(o, "share", 1e-6, 1))),
+    "topk": (("share",), lambda o: TopK(_number(o, "share", *SHARE))),
+    "randomk": (("share",), lambda o: RandomK(_number(o, "share", *SHARE))),
 }
 WORDS = ("ef", "all", "rotate", "pack", "zstd")
 STAGES = (*WORDS[:2], *SELECTIONS, WORDS[2], *QUANTIZERS, *WORDS[3:])
@@ -127,7 +134,7 @@ def downlink_codec(setting: str) -> Pipeline | None:
     if setting.strip() == "off":
         return None
     name = DOWNLINK_ON if setting.strip() == "on" else _pipeline_of(setting)
-    codec = _parse(re.sub(r"^\s*ef\s*\|", "", name), fed_back=True)
+    codec = replace(_parse(name, fed_back=True), feedback=False)
     if not codec.exact:
         raise SettingsError(
             f"downlink codec {codec.name!r}: a rotation's sums differ between machines in the last bit, but every "
@@ -182,7 +189,7 @@ def _parse(name: str, fed_back: bool) -> Pipeline:
         )
     if packed:
         quantizer = _packed(quantizer, name)
-    if selection is not None and quantizer.name == "ternary":
+    if selection is not None and selection.contraction and quantizer.name in ("ternary", "sign"):
         quantizer = SignQuantizer("ternary")  # the zeros are left out already
     codec = Pipeline(quantizer, selection, rotated, zstd, feedback, whole)
     if codec.plain:
@@ -197,7 +204,7 @@ def _stage(text: str, name: str) -> tuple[str, list[str]]:
     if match is None or match[1] not in STAGES:
         raise SettingsError(
             f"unknown codec {name!r}: {text.strip()[:40]!r} is no stage; stages are {', '.join(STAGES)}, "
-            f"presets {', '.join([*PRESETS, AUTO])}"
+            f"presets {', '.join(PRESETS)}"
         )
     return match[1], [option.strip() for option in match[2].split(",")] if match[2] is not None else []
 
@@ -252,6 +259,8 @@ def _refuse_nonsense(codec: Pipeline, name: str, fed_back: bool) -> None:
         )
     elif codec.feedback and codec.plain and quantizer.name == "float32":
         problem = "float32 leaves no error to feed back"
+    elif isinstance(quantizer, SignQuantizer) and codec.selection and not codec.selection.contraction:
+        problem = "sign turns the zeros of a random selection into numbers, and nothing mends that; use int8 or float16"
     elif isinstance(quantizer, SignQuantizer) and not codec.selection and not (codec.feedback or fed_back):
         problem = "sign is biased and without error feedback training stalls: write ef | sign"
     if problem:

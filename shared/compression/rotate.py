@@ -1,13 +1,18 @@
 """rotate: a seeded random rotation that makes any values look Gaussian, block by block.
 
-    y = H D x / sqrt(B)            D random signs, H the Hadamard matrix of order B
+    y = H D2 H D1 x / B            D1, D2 random signs, H the Hadamard matrix of order B
+
+Once spreads a block over its elements; a second time makes the result Gaussian also where a few values rule the block
+(once turns a single one into B equal magnitudes), which makes EDEN unbiased and its error the
+same for every input.
 
 Blocks of 4,096; what is left over goes in blocks of 256, the last one padded: never the next power of two of the whole
 vector. H of order a^2 is two products with the matrix of order a, which BLAS does at a gigabyte a second. The inverse
-is x = D H y / sqrt(B). The seed travels as the parameter `seed`; the signs are the raw bits of PCG64, whose stream is
+is x = D1 H D2 H y / B. The seed travels as the parameter `seed`; the signs are the raw bits of PCG64, whose stream is
 fixed. Sums depend on the machine's BLAS in the last bit, so a rotated codec is not `exact`.
 
-Source: Suresh et al., arXiv:1611.00429; Vargaftik et al., DRIVE, arXiv:2105.08339.
+Source: Suresh et al., arXiv:1611.00429; Vargaftik et al., DRIVE, arXiv:2105.08339; two in a row: Yu et al., orthogonal
+random features, arXiv:1610.09072, section 4.
 """
 
 from dataclasses import dataclass
@@ -37,8 +42,9 @@ def rotate(values: Values, seed: int) -> Vector:
         stop = min(size, start + -(-x.size // TAIL_BLOCK) * TAIL_BLOCK)
         target = rotated[start:stop]
         target[: x.size] = x
-        target *= _as_floats(signs, start, stop)
-        hadamard(target)
+        for once in signs:
+            target *= _as_floats(once, start, stop)
+            hadamard(target)
     return rotated
 
 
@@ -57,7 +63,7 @@ class RotatedValues:
     """Decoded values that are still rotated; turned back slab by slab."""
 
     inner: Quantized
-    signs: npt.NDArray[np.uint8]
+    signs: npt.NDArray[np.uint8]  # [2, bytes]
     size: int  # rotated values in all
 
     def inflate(self, start: int, stop: int, weight: float, out: Vector) -> None:
@@ -65,8 +71,11 @@ class RotatedValues:
         end = min(self.size, start + -(-(stop - start) // TAIL_BLOCK) * TAIL_BLOCK)
         slab = out if end == stop else np.empty(end - start, np.float32)
         self.inner.inflate(start, end, weight, slab)
-        hadamard(slab)
-        np.multiply(slab[: stop - start], _as_floats(self.signs, start, stop), out=out)
+        for once in self.signs[::-1]:
+            hadamard(slab)
+            slab *= _as_floats(once, start, end)
+        if slab is not out:
+            out[:] = slab[: stop - start]
 
 
 def rotate_back(inner: Quantized, seed: int, count: int) -> RotatedValues:
@@ -76,8 +85,9 @@ def rotate_back(inner: Quantized, seed: int, count: int) -> RotatedValues:
 
 
 def _signs(seed: int, size: int) -> npt.NDArray[np.uint8]:
-    """Return random bits, eight to a byte."""
-    return np.random.PCG64(seed).random_raw(-(-size // 64)).astype("<u8", copy=False).view(np.uint8)
+    """Return the random bits of both sign matrices, eight to a byte: uint8 [2, bytes]."""
+    words = np.random.PCG64(seed).random_raw(2 * -(-size // 64)).astype("<u8", copy=False)
+    return words.view(np.uint8).reshape(2, -1)
 
 
 def _as_floats(signs: npt.NDArray[np.uint8], start: int, stop: int) -> Vector:

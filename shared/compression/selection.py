@@ -9,6 +9,8 @@ from shared.compression.codec import Params
 from shared.compression.tensors import Indices, Values
 from shared.vector import Vector
 
+SHARE = (1e-6, 0.25)  # smallest and largest share; beyond a quarter, positions cost more than a quantizer of all values
+
 
 @dataclass(frozen=True, slots=True)
 class Selected:

@@ -78,9 +78,7 @@ def symbols_bytes_max(count: int, tensors: int, outliers: int) -> int:
     return 4 * tensors + _HEAD.size + count + 2 * outliers
 
 
-def encode_symbols(
-    symbols: Symbols, scales: Vector, packed: bool, largest: int | None = None
-) -> tuple[Piece, ...]:
+def encode_symbols(symbols: Symbols, scales: Vector, packed: bool, largest: int | None = None) -> tuple[Piece, ...]:
     """Write numbers in [-32767, 32767].
 
     Args:

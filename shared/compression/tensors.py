@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.layout import Layout
-from shared.vector import Vector
+from shared.vector import BLOCK_ELEMENTS, Vector
 
 SMALL = 1000  # a tensor with fewer elements is small
-SLAB = 1 << 16  # elements handled at once: 256 KiB of float32, block and scratch stay in an L2 cache
+SLAB = BLOCK_ELEMENTS  # elements handled at once
 
 Indices = npt.NDArray[np.int64]
 

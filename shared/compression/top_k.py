@@ -15,7 +15,7 @@ from shared.compression.codec import Params
 from shared.compression.indices import decode_indices, encode_indices, indices_bytes_max
 from shared.compression.quantizer import read_count
 from shared.compression.selection import Selected
-from shared.compression.tensors import Indices, Values
+from shared.compression.tensors import SLAB, Indices, Values
 from shared.vector import Vector
 
 LARGE = 1 << 17  # bodies with more elements are sampled
@@ -29,7 +29,7 @@ class TopK:
     """The largest elements.
 
     Attributes:
-        share: p in (0, 1]; k = ceil(p * n).
+        share: p in (0, 0.25]; k = ceil(p * n).
     """
 
     share: float
@@ -86,7 +86,7 @@ def _beyond(body: Values, threshold: np.float32) -> tuple[Indices, Vector]:
     """Return positions and values of the elements with a larger magnitude."""
     indices: list[Indices] = []
     values: list[Vector] = []
-    scratch = np.empty(min(1 << 16, body.size), np.float32)
+    scratch = np.empty(min(SLAB, body.size), np.float32)
     for start, x in body.slabs():
         at = np.flatnonzero(np.abs(x, out=scratch[: x.size]) > threshold)
         values.append(x[at])

@@ -27,6 +27,7 @@ from shared.vector import Vector
 
 TINY = 1e-22  # a tensor with a smaller step is zero: squares of its elements vanish in float32
 STEP = (0.05, 32.0)  # smallest and largest step, in RMS
+STEP_STOCHASTIC_MIN = 0.5  # so that no value of a tensor below 2.6e8 elements is clipped, which would bias it
 
 
 @dataclass(frozen=True, slots=True)

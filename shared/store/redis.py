@@ -11,7 +11,7 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
     fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)
     fedmq:{<job>}:clients            hash    client id -> JSON: when last seen, its last update and the outcome
-    fedmq:{<job>}:outcomes:<client>  stream  one entry a commit, its id <revision>-0: updates (JSON [[id, outcome]])
+    fedmq:{<job>}:outcomes:<client>  stream  one entry a commit, its id <revision>-0: updates (JSON); 30 days
     fedmq:{<job>}:job                hash    what a worker needs to start, each value JSON
     fedmq:{<job>}:snapshots          hash    version -> JSON: dtype and bytes of the stored snapshots
     fedmq:{<job>}:snapshot:<v>:<c>   string  the weights workers train from at v, a safetensors file, cut at 64 MiB

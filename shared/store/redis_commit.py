@@ -19,6 +19,7 @@ from shared.store.ports import OUTCOMES_MAX, Commit
 from shared.vector import Vector
 
 LEDGER_ENTRIES_MAX = 100_000  # approximately: Redis trims whole nodes
+OUTCOMES_SECONDS = 30 * 86_400  # what became of the updates of a client that sends none any more
 META_SECONDS = 3600  # facts about a version whose weights are gone
 SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is small
 
@@ -68,6 +69,7 @@ def commands_of(commit: Commit, key: KeyOf, layout: Callable[[], Layout]) -> lis
     for client, pairs in commit.outcomes.items():
         told = ["updates", json.dumps(pairs)]
         commands.append(["XADD", key(f"outcomes:{client}"), "MAXLEN", "~", OUTCOMES_MAX, f"{revision}-0", *told])
+        commands.append(["EXPIRE", key(f"outcomes:{client}"), OUTCOMES_SECONDS])
     for version in commit.dropped_versions:
         commands.append(["DEL", *_keys(key, f"model:{version}", chunk_count(layout()))])
         commands.append(["EXPIRE", key(f"meta:{version}"), META_SECONDS])

@@ -31,7 +31,8 @@ from tests.e2e.conftest import NUMPY_TASK, Processes, clean_environment
 FEDMQ = Path(sys.executable).with_name("fedmq")
 ANSWER_S_MAX = 20.0  # 10 s on an idle machine; these two cores are shared
 LAST_LINE = re.compile(
-    r"accuracy (\d\.\d{3}) after (\d+) versions, (\d+) updates, (\d+) bytes sent \((\d+\.\d) x smaller than float32\)"
+    r"accuracy (\d\.\d{3}) after (\d+) versions, (\d+) updates, (\d+) bytes sent \((\d+\.\d) x smaller than float32\), "
+    r"\d+ bytes pulled \(\d+\.\d x smaller\)"
 )
 
 
@@ -509,7 +510,7 @@ def test_status_of_a_running_job(fedmq, running):
     answer = fedmq("status", "--job", "running-job", **(running.urls | {"job": "another"}))  # the flag wins
     assert (answer.code, answer.err) == (DONE, "")
     for part in (
-        "running-job 12 parameters", "version 2 made", "fedbuff, codec float32, staleness constant",
+        "running-job 12 parameters", "version 2 made", "fedbuff, staleness constant", "up float32; down float32 models",
         "accuracy 0.75, loss 24 (version 2)", "10 applied", "versions on average", "0 waiting, 0 dead letters",
         "1 seen in the last minute, 1 ever", "buffer 2/4, ",
     ):  # fmt: skip

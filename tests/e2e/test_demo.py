@@ -13,7 +13,8 @@ import safetensors.numpy
 from tests.e2e.conftest import clean_environment
 
 LAST_LINE = re.compile(
-    r"accuracy (\d\.\d{3}) after (\d+) versions, (\d+) updates, (\d+) bytes sent \((\d+\.\d) x smaller than float32\)"
+    r"accuracy (\d\.\d{3}) after (\d+) versions, (\d+) updates, (\d+) bytes sent \((\d+\.\d) x smaller than float32\), "
+    r"\d+ bytes pulled \(\d+\.\d x smaller\)"
 )
 FILES = {"report.html", "curves.png", "history.csv", "model.safetensors"}
 

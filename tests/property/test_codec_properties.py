@@ -46,7 +46,7 @@ def test_the_canonical_name_names_the_same_codec(name):
     assert parse(f"  {name.replace('|', '  |  ')} ") == codec
 
 
-@given(st.floats(1e-6, 1), st.floats(0.05, 32), st.sampled_from([10**6, 12_345_678, 2**31 + 1]))
+@given(st.floats(1e-6, 0.25), st.floats(0.5, 32), st.sampled_from([10**6, 12_345_678, 2**31 + 1]))
 def test_options_survive_the_name(share, step, size):
     """A share or a step of many digits must not differ between the two ends: k would."""
     codec = parse(f"topk({share:.9f}) | uniform(step={step:.9f}, stochastic)")
@@ -179,11 +179,11 @@ def mean_error(name, delta, layout, trials):
 
 
 EDEN_BIAS = {
-    "eden(1)": 0.4,
-    "eden(2)": 0.04,
-    "eden(3)": 0.01,
-    "eden(4)": 0.004,
-}  # of elements that rule a block of 256
+    "eden(1)": 0.02,
+    "eden(2)": 0.002,
+    "eden(3)": 0.001,
+    "eden(4)": 0.0005,
+}  # a block of 256 is not quite Gaussian
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
@@ -191,9 +191,7 @@ EDEN_BIAS = {
 def test_unbiased_codecs_are_unbiased(name, kind):
     """Per element, and summed in three directions: x, its signs, and all ones.
 
-    EDEN is so for values that a rotation makes Gaussian. One Hadamard rotation does that but nearly for elements as
-    large as the rest of their block: they come out larger. (For a few spikes among zeros it does not at all, such as a
-    body's last two elements in a padded block of their own: here the last block holds 200.)
+    EDEN is so for values that the rotation makes Gaussian: nearly, in a block of 256.
     """
     layout, trials = layout_of((562, 4)), 1500
     rng = np.random.default_rng(9)
@@ -202,7 +200,7 @@ def test_unbiased_codecs_are_unbiased(name, kind):
         delta *= np.exp(rng.standard_normal(2248)).astype(np.float32)
     mean, sigma = mean_error(name, delta, layout, trials)
     rms = float(np.sqrt(np.mean(delta.astype(np.float64) ** 2)))
-    relative = EDEN_BIAS.get(parse(name).quantizer.name, 0.0) * (1.0 if kind == "heavy" else 0.1)
+    relative = EDEN_BIAS.get(parse(name).quantizer.name, 0.0) * 1.0
     allowed = 2e-4 * rms + relative * (np.abs(delta) + 0.1 * rms)  # the dither's grid, float32
     assert (np.abs(mean) <= 5.5 * np.maximum(sigma, np.median(sigma)) + allowed).all()
     for direction in (delta, np.sign(delta), np.ones(2248)):
@@ -251,7 +249,7 @@ def test_contractions_contract(name, kind):
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("rotate | eden(1)", [1.0] * 4), ("int2", [1.0] + [0.2] * 255), ("qsgd(4)", [1.0] * 2048),
+    [("int2", [1.0] + [0.2] * 255), ("qsgd(4)", [1.0] * 2048),
      ("uniform(step=4, stochastic)", [1.0] * 2048), ("ternary(stochastic)", [1.0] + [0.1] * 2047)],
 )  # fmt: skip
 def test_what_is_not_called_a_contraction_is_none(name, values):
@@ -294,7 +292,7 @@ def test_folding_needs_no_memory_of_model_size(name, wide):
     finally:
         tracemalloc.stop()
     chosen = codec.selection.count_max(WIDE.num_params) if codec.selection else 0
-    signs = WIDE.num_params // 8 * codec.rotated  # one bit a value
+    signs = WIDE.num_params // 4 * codec.rotated  # two bits a value
     assert peak < 1.2e6 + 50 * chosen * (chosen > 0) - 0.6e6 * (chosen > 0) + signs
 
 
@@ -303,3 +301,19 @@ def test_folding_needs_no_memory_of_model_size(name, wide):
 def test_any_codec_name_is_refused_or_known(name):
     with pytest.raises(RejectedUpdate):
         decode({"name": name}, b"", layout_of((1,)))
+
+
+@pytest.mark.parametrize("name", ["topk(0.25) | ternary | zstd", "topk(0.25)", "randomk(0.25) | int8 | zstd"])
+def test_the_densest_selection_costs_less_than_three_models(name, wide):
+    """A hundred bytes can name any codec: what its decoder may take is bounded by the layout."""
+    codec, total = parse(name), np.zeros(WIDE.num_params, np.float32)
+    encoded = encode(
+        name, np.repeat(np.float32([1, 0, 0, 0]), WIDE.num_params // 4 + 1)[: WIDE.num_params].copy(), WIDE
+    )
+    tracemalloc.start()
+    try:
+        codec.decode(encoded.payload, encoded.params, WIDE).add_into(total, 0.5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * total.nbytes

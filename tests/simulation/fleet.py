@@ -20,9 +20,9 @@ from shared.model_image import ModelImage
 from shared.transport.ports import Outgoing
 from tests.builders import Device, FaultyStore, System, device_of
 from tests.simulation.mass import (
+    REFUSED,
     Account,
     Made,
-    decayed_share,
     first_outcomes,
     numbers_on_disk,
     residual_on_disk,
@@ -177,7 +177,8 @@ class Fleet:
 
     def _train(self, name: str) -> None:
         folder, outbox = self.folder / name, self.devices[name].outbox
-        version, residual = residual_on_disk(folder, self.layout.num_params)
+        _, residual = residual_on_disk(folder, self.layout.num_params)
+        here = numbers_on_disk(folder)
         update_id, number = outbox.next_id(), outbox.next_sequence
         try:
             if not self.devices[name].worker.step():
@@ -197,9 +198,17 @@ class Fleet:
         feedback = parse(str(update.codec["name"])).feedback
         noise = 0 * exact if feedback else Spy.given - exact
         account = self.accounts[name]
-        account.made[update_id] = Made(self.delta, exact, noise, found[0].name.endswith(".kept.update"))
+        carries = found[0].name.endswith(".kept.update")
+        outcomes, gone = first_outcomes(self.store.inner.ledger), here - numbers_on_disk(folder)
+        settled = [i for i, made in account.made.items() if int(i.rsplit("/", 1)[1]) in gone and made.carries]
+        returned = [i for i in settled if outcomes[i] in REFUSED]
         horizon = HORIZONS * self.system.settings.staleness_max
-        account.decayed += residual * decayed_share(update.base_version - version, horizon)
+        account.mix(residual, returned, self.delta, update.base_version, horizon)
+        made = Made(self.delta, exact, noise, carries, update.base_version, account.birth)
+        account.made[update_id] = made
+        if carries:
+            version, _ = residual_on_disk(folder, self.layout.num_params)
+            assert abs(version - account.birth) < 0.01, f"seed {self.seed}: {name}'s residual has the wrong age"
 
     def _train_and_kill(self, name: str) -> None:
         self.killer.left = int(self.rng.integers(1, KILL_POINTS))

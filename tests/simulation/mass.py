@@ -9,7 +9,8 @@ For every worker, in float64, coordinate by coordinate:
 An update whose mass was taken back is one that the ledger calls refused, that carried a residual, and whose file is
 gone. All others count as they are: applied, under way (on disk or in the queue), refused but not settled yet, or
 refused for good because their codec keeps no account. Nothing here uses the worker's own reading or arithmetic of a
-residual: the deltas come from the training, the decoded bytes from the codecs, the outcomes from the ledger.
+residual: the deltas come from the training, the decoded bytes from the codecs, the outcomes from the ledger, and what
+decayed from ages that are reckoned here from the versions of the trainings.
 """
 
 import json
@@ -34,6 +35,8 @@ class Made:
     decoded: Exact
     noise: Exact
     carries: bool  # a residual: its mass is to come back when it is refused
+    base_version: int
+    birth: float  # mean version at which what it carries was trained
 
 
 @dataclass(slots=True)
@@ -43,9 +46,35 @@ class Account:
     num_params: int
     made: dict[str, Made] = field(default_factory=dict)
     decayed: Exact = field(init=False)
+    birth: float = 0.0  # mean version at which what the residual holds was trained
 
     def __post_init__(self) -> None:
         self.decayed = np.zeros(self.num_params)
+
+    def mix(self, residual: Exact, returned: list[str], delta: Exact, version: int, horizon: int) -> None:
+        """Book what decays when an update is made, and how old on average is what it is made of.
+
+        Args:
+            residual: before.
+            returned: ids of the refused updates that come back, in order.
+            delta: of the training.
+            version: the model version it started from.
+            horizon: age from which mass decays.
+        """
+        horizon = max(1, horizon)
+        parts = [(residual, version - self.birth)]
+        for update_id in returned:
+            made = self.made[update_id]
+            flight = min(version - made.base_version, horizon)
+            parts.append((made.decoded, made.base_version - made.birth + flight))
+        total, age = np.zeros(self.num_params), 0.0
+        for mass, its_age in [*parts, (delta, 0.0)]:
+            gone = decayed_share(its_age, horizon)
+            self.decayed += gone * mass
+            norms = np.linalg.norm(total), np.linalg.norm((1 - gone) * mass)
+            age = np.average([age, min(its_age, horizon)], weights=norms) if any(norms) else 0.0
+            total += (1 - gone) * mass
+        self.birth = version - age
 
     def imbalance(self, outcomes: Mapping[str, str], on_disk: set[int], residual: Exact) -> float:
         """Return the largest missing or surplus mass of a coordinate, relative to what rounding explains.
@@ -77,8 +106,8 @@ def first_outcomes(ledger: list[dict]) -> dict[str, str]:
     return first
 
 
-def residual_on_disk(folder: Path, num_params: int) -> tuple[int, Exact]:
-    """Return the version a residual was last used at and its array, by the file format's description."""
+def residual_on_disk(folder: Path, num_params: int) -> tuple[float, Exact]:
+    """Return the mean version of what a residual holds and its array, by the file format's description."""
     path = folder / "residual"
     if not path.exists():
         return 0, np.zeros(num_params)
@@ -92,6 +121,6 @@ def numbers_on_disk(folder: Path) -> set[int]:
     return {int(p.name.split(".")[0]) for end in ("*.update", "*.sent") for p in folder.glob(end)}
 
 
-def decayed_share(gap: int, horizon: int) -> float:
-    """Return what share of a residual is gone after `gap` versions, written down once more."""
-    return 1 - 2.0 ** -max(0.0, gap / max(horizon, 1) - 1)
+def decayed_share(age: float, horizon: int) -> float:
+    """Return what share of mass of this age is gone, written down once more."""
+    return 1 - 2.0 ** -max(0.0, age / horizon - 1)

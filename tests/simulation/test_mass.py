@@ -91,6 +91,32 @@ def the_last_outcome_counts(patch: Patch) -> None:
     patch(InProcessStore, "outcomes", newest)
 
 
+def mass_grows_young_by_training(patch: Patch) -> None:
+    patch(residual, "mean_version", lambda norm, mean, norm_joining, mean_joining: mean_joining)
+
+
+def mass_grows_young_in_flight(patch: Patch) -> None:
+    write = residual_file.write
+    patch(residual_file, "write", lambda folder, header, vector: write(folder, replace(header, means={}), vector))
+    put = Residual.put
+
+    def put_and_forget(self: Residual, body: bytes) -> None:
+        put(self, body)
+        self._means = {}
+
+    patch(Residual, "put", put_and_forget)
+
+
+def a_late_update_comes_back_faded(patch: Patch) -> None:
+    take_back = Residual._take_back
+
+    def fade_first(self: Residual, sequence: int, layout: Layout, version: int, horizon: int) -> bool:
+        self._means[sequence] = self._means.get(sequence, 0.0) - 3
+        return take_back(self, sequence, layout, version, horizon)
+
+    patch(Residual, "_take_back", fade_first)
+
+
 @pytest.mark.parametrize(
     "mutate",
     [
@@ -103,10 +129,13 @@ def the_last_outcome_counts(patch: Patch) -> None:
         a_crash_drops_the_staged_update,
         a_crash_publishes_the_staged_update,
         the_last_outcome_counts,
+        mass_grows_young_by_training,
+        mass_grows_young_in_flight,
+        a_late_update_comes_back_faded,
     ],
 )
 def test_the_checker_sees(mutate, tmp_path, monkeypatch):
     mutate(monkeypatch.setattr)
-    with pytest.raises(AssertionError, match=r"seed \d+: w\d's mass is off by"):
+    with pytest.raises(AssertionError, match=r"seed \d+: w\d's (mass is off by|residual has the wrong age)"):
         for seed in range(MUTANT_SEEDS):
             fleet.run(seed, tmp_path, monkeypatch)

@@ -65,16 +65,26 @@ def test_blocks_do_not_mix():
         x[:] = 0
         x[start + 3] = 1
         y = rotated(x, 1)
-        assert np.count_nonzero(y) == np.count_nonzero(y[start : start + length]) == length
+        assert np.count_nonzero(y) == np.count_nonzero(y[start : start + length]) > 0.8 * length
 
 
 def test_another_seed_is_another_rotation_and_signs_are_fair():
     x = np.ones(1 << 16, np.float32)
     assert not np.array_equal(rotated(x, 1), rotated(x, 2))
-    hadamard(signs := rotated(x, 3))  # H D 1, turned back without D
-    assert (np.abs(np.abs(signs) - 1) < 1e-5).all()
-    assert abs(signs.mean()) < 5 / 256
-    assert abs((signs[:-1] * signs[1:]).mean()) < 5 / 256
+    y = rotated(x, 3)
+    assert abs(y.mean()) < 5 / 256
+    assert abs((y[:-1] * y[1:]).mean()) < 5 / 256
+    assert abs((rotated(x, 3) * rotated(x, 4)).mean()) < 5 / 256
+
+
+def test_what_is_rotated_looks_gaussian_even_if_one_value_rules_its_block():
+    """One rotation turns a single value into 4,096 equal magnitudes; the second mixes those."""
+    x = np.zeros(64 * BLOCK, np.float32)
+    x[::BLOCK] = 64
+    y = rotated(x, 5).astype(np.float64)
+    assert abs(y.var() - 1) < 1e-3
+    assert abs((y**4).mean() - 3) < 0.1
+    assert abs((np.abs(y) < 0.6745).mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("name", ["rotate | int4(nearest)", "rotate | eden(4)"])

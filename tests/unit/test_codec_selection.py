@@ -94,7 +94,7 @@ def test_randomk_draws_fairly():
 
 def test_a_selection_and_a_rotation_have_their_own_seeds():
     """With one seed for both, the values would be added at other positions than they were read from."""
-    layout, name = layout_of((100, 100)), "randomk(0.5) | rotate | eden(4)"
+    layout, name = layout_of((100, 100)), "randomk(0.25) | rotate | eden(4)"
     delta = np.zeros(10_000, np.float32)
     delta[5000:] = np.random.default_rng(0).standard_normal(5000)
     encoded = encode(name, delta, layout)

@@ -156,3 +156,22 @@ def test_an_absurd_delta_is_refused_at_the_other_end_not_applied(name, value):
     with pytest.raises(RejectedUpdate) as caught:
         decode({"name": parse(name).name, **encoded.params}, encoded.payload, MIXED)
     assert caught.value.reason == Reason.NOT_FINITE
+
+
+@pytest.mark.parametrize(
+    "name", ["qsgd(4)", "ef | sign", "ternary(stochastic)", "ternary", "uniform(step=1, stochastic)"]
+)
+def test_a_tensors_scale_is_that_of_all_its_slabs(name):
+    """Tensors go through in slabs of 65,536: here the first is ten times the others."""
+    delta = np.random.default_rng(0).uniform(0.5, 1, 140_000).astype(np.float32)
+    delta[1000 : 1 << 16] *= 10
+    exact = delta.astype(np.float64)
+    expected = {
+        "qsgd(4)": np.linalg.norm(exact) / 4,
+        "ef | sign": exact.mean(),
+        "ternary(stochastic)": exact.max(),
+        "ternary": exact[exact > 0.7 * exact.mean()].mean(),
+        "uniform(step=1, stochastic)": np.sqrt((exact**2).mean()),
+    }[name]
+    (scale,) = struct.unpack_from("<f", encode(name, delta, layout_of((70_000, 2))).payload)
+    assert abs(scale / expected - 1) < 1e-5

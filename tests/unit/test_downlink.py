@@ -90,16 +90,16 @@ def pulls(replica):
 
 @pytest.mark.parametrize("codec", ["on", "int8", "float16", "topk(0.05)"])
 def test_the_published_weights_follow_the_closed_form(codec):
-    """xhat_v = xhat_1 + the sum of the decoded deltas in float64, and what a delta lost is in the next difference."""
+    """xhat_v = x_0 + the sum of the decoded deltas in float64, and what a delta lost is in the next difference."""
     line = Line(downlink=codec)
-    head = line.commit()
     replica = line.replica()
-    published = replica.pull(head).weights.astype(np.float64)
+    published = replica.pull(line.store.head()).weights.astype(np.float64)
     assert np.array_equal(published, line.model.weights)  # the beginning is the model itself
     for _ in range(12):
         before = published.copy()
         head = line.commit()
         [entry] = line.store.published(head.version - 1).deltas
+        assert entry.parent == head.version - 1
         [delta] = line.store.deltas([entry])
         q = np.zeros(SIZE, np.float32)
         decoded(delta.codec, delta.payload, line.model.layout).add_into(q, 1.0)
@@ -180,7 +180,7 @@ def test_small_deltas_are_bounded_in_number(monkeypatch):
 def test_the_chain_goes_over_committed_versions():
     line = Line()
     heads = [line.commit(version) for version in (3, 4, 9, 20)]
-    assert [(e.version, e.parent) for e in line.store.published(-1).deltas] == [(4, 3), (9, 4), (20, 9)]
+    assert [(e.version, e.parent) for e in line.store.published(-1).deltas] == [(3, 0), (4, 3), (9, 4), (20, 9)]
     replica = line.replica()
     for head in heads[-1:]:
         assert replica.pull(head).sha256 == head.published
@@ -321,25 +321,27 @@ def test_a_head_older_than_the_index_is_served():
 # On, off and on again
 
 
-def test_a_base_from_before_the_downlink_is_no_beginning_of_a_chain():
+def test_the_model_workers_held_before_the_downlink_is_the_beginning_of_the_chain():
     line = Line(downlink="off")
-    replica = line.replica()
+    replica, older = line.replica(), line.replica()
+    older.pull(line.commit())
     replica.pull(line.commit())
     line.restart(downlink="on")
     assert line.commit().published
     head = line.commit()
-    assert replica.pull(head).sha256 == head.published
-    assert (counted(replica), pulls(replica)) == (0, {"model": 1, "snapshot": 1, "deltas": 0})
+    assert replica.pull(head).sha256 == older.pull(head).sha256 == head.published
+    assert (counted(replica), pulls(replica)) == (0, {"model": 1, "snapshot": 0, "deltas": 1})
+    assert (counted(older), pulls(older)) == (0, {"model": 1, "snapshot": 1, "deltas": 0})
 
 
-def test_a_model_of_a_job_that_began_anew_is_no_beginning_of_a_chain_either():
+def test_a_model_of_a_job_that_began_anew_is_found_out_by_its_hash():
     old, new = Line(downlink="off"), Line()
     replica = old.replica()
     replica.pull(old.commit())
     replica._store = new.store
     head = [new.commit() for _ in range(2)][-1]
     assert replica.pull(head).sha256 == head.published
-    assert (counted(replica), pulls(replica)["deltas"]) == (0, 0)
+    assert (counted(replica), pulls(replica)["snapshot"]) == (1, 1)
 
 
 def test_off_and_on_again():
@@ -422,7 +424,7 @@ def test_after_a_conflict_it_is_computed_anew_from_what_is_stored():
     own.adopt(line.store.head())
     line.downlink = own
     head = line.commit()
-    assert [(e.version, e.parent) for e in line.store.published(-1).deltas] == [(2, 1), (3, 2)]
+    assert [(e.version, e.parent) for e in line.store.published(-1).deltas] == [(1, 0), (2, 1), (3, 2)]
     assert line.replica().pull(head).sha256 == head.published
 
 
@@ -468,7 +470,7 @@ def test_a_standby_takes_over_the_published_weights():
     system.aggregator = second
     publish(system, rng)
     assert system.store.head().version == 3
-    assert [(e.version, e.parent) for e in system.store.published(-1).deltas] == [(2, 1), (3, 2)]
+    assert [(e.version, e.parent) for e in system.store.published(-1).deltas] == [(1, 0), (2, 1), (3, 2)]
     assert second._downlink._image.sha256 == system.store.head().published
     assert first.state.version == 1
 
@@ -523,3 +525,18 @@ def test_snapshots_of_every_version_stay_as_long_as_models():
         line.commit()
     assert [entry.version for entry in line.store.published(-1).snapshots] == [6, 7, 8, 9]
     assert line.store.snapshot(SnapshotEntry(6, "bfloat16", snapshot_bytes(line.model.layout, "bfloat16")))
+
+
+def test_a_job_that_began_anew_is_noticed_at_the_same_version():
+    """Neither version nor layout tells; the hash does."""
+    old, new = Line(downlink="off"), Line(downlink="off")
+    replica = old.replica()
+    held = old.commit()
+    replica.pull(held)
+    head = new.commit(scale=0.5)
+    assert (head.version, head.layout) == (held.version, held.layout)
+    assert replica.differs(head)
+    assert not replica.differs(held)
+    replica._store = new.store
+    assert np.array_equal(replica.pull(head).weights, new.model.weights)
+    assert not replica.differs(head)

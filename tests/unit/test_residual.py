@@ -15,10 +15,10 @@ from shared.layout import Layout
 from shared.messages import decode, encode
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
-from tests.builders import System, device_of, update_of, weights
+from tests.builders import FaultyStore, System, add_one, device_of, update_of, weights
 from worker import residual, residual_file
 from worker.outbox import Outbox
-from worker.residual import Residual, decay
+from worker.residual import Residual, decay, fade, mean_version
 from worker.residual_file import Header
 from worker.task import TrainResult
 
@@ -57,21 +57,21 @@ class Rig:
         self.metrics = WorkerMetrics()
         self.residual = Residual(self.outbox, self.store, self.metrics)
 
-    def make(self, delta, codec=EF, version=0, horizon=100, layout=LAYOUT):
+    def make(self, delta, codec=EF, version=0, horizon=100, layout=LAYOUT, revision=None):
         """Make an update and return what it decodes to."""
-        encoded = self.encode(delta, codec, version, horizon, layout)
-        self.residual.put(self.body(encoded, codec, layout))
+        encoded = self.encode(delta, codec, version, horizon, layout, revision)
+        self.residual.put(self.body(encoded, codec, layout, version))
         return self.decoded(encoded, codec, layout)
 
-    def encode(self, delta, codec=EF, version=0, horizon=100, layout=LAYOUT):
+    def encode(self, delta, codec=EF, version=0, horizon=100, layout=LAYOUT, revision=None):
         """Take the first half of a step."""
         rng = np.random.default_rng(0)
-        return self.residual.encode(parse(codec), delta.copy(), layout, version, horizon, rng)
+        return self.residual.encode(parse(codec), delta.copy(), layout, version, revision, horizon, rng)
 
-    def body(self, encoded, codec=EF, layout=LAYOUT):
+    def body(self, encoded, codec=EF, layout=LAYOUT, version=0):
         """Return the message."""
         name = {"name": parse(codec).name, **encoded.params}
-        update = update_of(weights(0, N), update_id=self.outbox.next_id(), layout=layout.hash)
+        update = update_of(weights(0, N), update_id=self.outbox.next_id(), layout=layout.hash, base_version=version)
         return encode(type(update)(**{**{f: getattr(update, f) for f in update.__slots__}, "codec": name,
                                       "payload": encoded.payload}))  # fmt: skip
 
@@ -219,13 +219,70 @@ def test_without_a_store_settling_waits(rig):
     assert rig.files(".sent") == []
 
 
-def test_outcomes_are_read_on_from_where_it_stopped_and_anew_when_the_job_began_anew(rig):
-    rig.make(weights(1, N), version=5)
+def test_outcomes_are_read_on_from_where_it_stopped(rig):
+    rig.make(weights(1, N), version=5, revision=0)
     rig.send()
     rig.store.told += [("b/i/0", "stale")] * 3
-    for version in (5, 6, 2):
-        rig.make(weights(2, N), version=version)
-    assert rig.store.asked == [("a", 0), ("a", 3), ("a", 0)]
+    for revision in (2, 3, None, 3):  # the head is older than the outcomes, or the store was away
+        rig.make(weights(2, N), version=5, revision=revision)
+    assert rig.store.asked == [("a", 0), ("a", 3), ("a", 3), ("a", 3)]
+
+
+# --- a job that began anew -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    ("version", "revision"),
+    [(5, 2), (9, 2), (2, 9), (2, None)],  # what was seen: version 5, revision 4 at the head and 6 with the outcomes
+)
+def test_when_the_job_began_anew_nothing_of_the_former_run_counts(rig, version, revision, restart, caplog):
+    rig.make(weights(1, N), version=4, revision=3)
+    rig.send()
+    rig.store.told += [("b/i/0", "stale")] * 6
+    rig.make(weights(2, N), version=5, revision=4)  # waits to be sent
+    norm = np.linalg.norm(rig.stored)
+    former = [f"a/{rig.outbox.incarnation}/{number}" for number in (0, 1)]
+    if restart:
+        rig.restart()
+    rig.store.told = []
+    sent = rig.make(weights(3, N), version=version, revision=revision)
+    assert f"the residual's norm of {norm:.4g} and 2 sent updates are of the former run" in caplog.text
+    np.testing.assert_allclose(sent + rig.stored, weights(3, N), atol=1e-6)
+    assert rig.files(".sent") == []
+    rig.send()  # also the one that waited: the new aggregator rejects it
+    rig.store.told += [(update_id, "rejected") for update_id in former]
+    rig.restart()
+    sent += rig.make(weights(4, N), version=version, revision=revision)
+    np.testing.assert_allclose(sent + rig.stored, weights(3, N) + weights(4, N), atol=1e-6)
+    assert rig.files(".sent") == [2]
+    assert rig.store.asked[-1] == ("a", 0)
+    assert caplog.text.count("the job began anew") == 1
+
+
+def test_outcomes_of_the_new_run_are_read_from_its_beginning(rig):
+    rig.make(weights(1, N), version=9, revision=90)
+    rig.send()
+    rig.store.told += [("b/i/0", "stale")] * 90
+    rig.make(weights(2, N), version=9, revision=90)
+    rig.store.told = []
+    sent = rig.make(weights(3, N), version=9, revision=0)  # a job begun anew may have reached any version
+    rig.outbox.confirm(rig.outbox.oldest())
+    [update_id] = rig.send("stale")
+    assert update_id.endswith("/2")
+    rig.store.told = [(update_id, "stale")]
+    again = rig.make(np.zeros(N, np.float32), version=9, revision=1)
+    assert rig.metrics.returned._value.get() == 1
+    np.testing.assert_allclose(again + rig.stored, weights(3, N), atol=1e-6)
+    assert np.linalg.norm(sent) > 0
+
+
+def test_a_residual_of_the_former_run_does_not_come_back_with_the_next_start(rig):
+    """Also under a codec that has no use for the file."""
+    rig.make(weights(1, N), version=9, revision=90)
+    np.testing.assert_array_equal(rig.make(weights(2, N), PLAIN, version=0, revision=0), weights(2, N))
+    rig.restart()
+    np.testing.assert_array_equal(rig.make(weights(3, N), PLAIN, version=99, revision=99), weights(3, N))
 
 
 @pytest.mark.parametrize("limits", [{"updates_max": 2}, {"bytes_max": 2500}])
@@ -336,6 +393,9 @@ def spoil_checksum(data):
         lambda data: data.replace(b'"made": 0', b'"made": 9'),
         lambda data: data.replace(b'"made": 0', b'"made":[]'),
         lambda data: data.replace(b'"num_params": 1280', b'"num_params": -1'),
+        lambda data: data.replace(b'"version": 0', b'"version": NaN, "x": 0'),
+        lambda data: data.replace(b'"means": {"0": 0}', b'"means": {"x": 0}'),
+        lambda data: data.replace(b'"means": {"0": 0}', b'"means": [0]'),
         lambda data: data.split(b"\n")[0] + b"\n[]\n",
     ],
 )
@@ -364,7 +424,7 @@ def test_a_residual_of_another_model_is_dropped_with_its_norm(rig, caplog):
 
 
 def test_the_file_round_trips(rig):
-    header = Header("abc", N, 7, 3, [1, 2])
+    header = Header("abc", N, 7.1, 3, [1, 2], {2: 6.3, 3: 7.1}, 8, 9, 1)
     residual_file.write(rig.outbox.folder, header, weights(1, N))
     found, vector = residual_file.read(rig.folder / "residual")
     assert found == header
@@ -408,16 +468,55 @@ def test_decay_is_whole_up_to_the_horizon_and_halves_with_every_further_one(gap,
     assert decay(gap, horizon) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("mean", "expected"), [(15.5, (1, 15.5)), (10, (1, 10)), (0, (0.5, 10)), (-10, (0.25, 10))])
+def test_what_faded_counts_as_one_horizon_old(mean, expected):
+    assert fade(mean, 20, 10) == expected
+    share, mean_from_here = fade(mean, 20, 10)
+    assert share * fade(mean_from_here, 27, 10)[0] == pytest.approx(fade(mean, 27, 10)[0])  # often or seldom: the same
+
+
+def test_the_mean_version_is_weighted_by_norm():
+    assert mean_version(3.0, 10.0, 1.0, 30.0) == 15.0
+    assert mean_version(0.0, 10.0, 1.0, 30.0) == 30.0
+    assert mean_version(0.0, 10.0, 0.0, 30.0) == 30.0
+    assert mean_version(1e-30, 10.0, 0.0, 30.0) == 10.0
+
+
 def test_an_old_residual_decays_once(rig, caplog):
     left = weights(1, N) - rig.make(weights(1, N), version=3)
     rig.restart()
     sent = rig.make(np.zeros(N, np.float32), version=23, horizon=10)
     np.testing.assert_allclose(sent + rig.stored, left / 2, atol=1e-6)
-    assert "20 versions ago: it counts 0.5" in caplog.text
+    assert "20 versions old: it counts 0.5" in caplog.text
     sent += rig.make(np.zeros(N, np.float32), version=23, horizon=10)
     np.testing.assert_allclose(sent + rig.stored, left / 2, atol=1e-6)
     rig.make(np.zeros(N, np.float32), version=99, horizon=10)
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
+
+
+def test_a_residual_does_not_grow_young_by_being_used(rig):
+    """Small deltas, often: what is old among them decays as if they were not there."""
+    total = 1000 * weights(1, N)
+    sent = rig.make(total, version=0, horizon=10)
+    for version in range(3, 31, 3):
+        left = rig.stored
+        step = rig.make(0.001 * weights(version, N), codec="ef | topk(0.01)", version=version, horizon=10)
+        share = np.linalg.norm(step + rig.stored) / np.linalg.norm(left)
+        sent += step
+        assert share == pytest.approx(
+            1 if version <= 9 else 2 ** -(2 / 10) if version == 12 else 2 ** -(3 / 10), abs=1e-3
+        )
+
+
+def test_normal_error_feedback_stays_young(rig, caplog):
+    """A worker that trains at every version and keeps what topk(0.1) leaves never loses any to age."""
+    sent, total = np.zeros(N), np.zeros(N)
+    for version in range(200):
+        delta = weights(version, N)
+        total += delta
+        sent += rig.make(delta, version=version, horizon=20)
+    np.testing.assert_allclose(sent + rig.stored, total, atol=1e-3)
+    assert not caplog.records
 
 
 def test_a_refused_update_comes_back_whole_however_old(rig):
@@ -428,11 +527,43 @@ def test_a_refused_update_comes_back_whole_however_old(rig):
     np.testing.assert_allclose(sent + rig.stored, left / 2 + weights(1, N) - left, atol=1e-6)
 
 
+def bound(share_of_horizon):
+    """Solve f = 2^(1 - x - f), the share that outlives a round when all is refused; the sum of f^k is the bound.
+
+    Where mass decays it is h old after and e = f (e + 1), so that with the new delta it is f h old on average, and
+    f h + x h a round later: f = decay(f h + x h).
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        f = (low + high) / 2
+        low, high = (f, high) if f < 2 ** (1 - share_of_horizon - f) else (low, f)
+    return 1 / (1 - low)
+
+
+@pytest.mark.parametrize("codec", ["ef | int8(nearest)", EF, PLAIN])
+@pytest.mark.parametrize("gap", [20, 60, 5000])  # versions from one training to the next; the horizon is 200
+def test_a_residual_that_only_grows_is_bounded(rig, codec, gap):
+    """All updates are refused and all deltas are alike; then one is accepted."""
+    delta, most = weights(1, N), bound(min(1, gap / 200))
+    if codec == PLAIN:  # it carries what an earlier codec left
+        rig.make(delta, EF)
+        rig.send("stale")
+    for turn in range(1, 121):
+        sent = rig.make(delta, codec, version=turn * gap, horizon=200)
+        rig.send("stale")
+        assert np.linalg.norm(sent) <= 1.01 * most * np.linalg.norm(delta)
+    ratio = np.linalg.norm(sent + rig.stored) / np.linalg.norm(delta)
+    assert ratio <= 1.01 * most < 25
+    if gap <= 200 or codec != EF:  # beyond, what topk left at home fades faster than what was on its way
+        assert ratio == pytest.approx(most, rel=0.01)  # so it is not kept small by losing more than is said
+
+
 # --- with a worker ---------------------------------------------------------------------------------------------
 
 
-def test_a_worker_sends_in_the_end_everything_it_trained(tmp_path):
+def test_a_worker_sends_in_the_end_everything_it_trained(tmp_path, monkeypatch):
     """Each training adds one to every weight, each update sends a tenth of them, and one in two comes too late."""
+    monkeypatch.setattr(residual, "decay", lambda *_: 1.0)  # with a staleness_max of 0 all that waits is old
     system = System(
         ModelImage.of({"w": np.zeros(SHAPE, np.float32)}),
         codec=EF,
@@ -468,3 +599,18 @@ def test_the_message_of_an_update_with_feedback_names_the_whole_codec(tmp_path):
     device.worker.step()
     update = decode(device.outbox.oldest().body(), 10**6)
     assert parse(update.codec["name"]).feedback
+
+
+def test_a_worker_tells_the_revision_of_the_head_and_none_when_it_read_none(tmp_path, monkeypatch):
+    told, encode_ = [], Residual.encode
+    monkeypatch.setattr(Residual, "encode", lambda self, *a: (told.append((a[3], a[4])), encode_(self, *a))[1])
+    store = FaultyStore()
+    system = System(ModelImage.of({"w": np.zeros(SHAPE, np.float32)}), store=store, codec=EF, buffer_size=1)
+    device = device_of(tmp_path, system, add_one, lambda: {"w": np.zeros(SHAPE, np.float32)}, store=store)
+    for failing in ((), (), ("head",), ()):
+        store.failing = failing
+        device.worker.step()
+        store.failing = ()
+        device.publisher.step()
+        system.drain()
+    assert told == [(0, 0), (1, 1), (1, None), (3, 3)]
