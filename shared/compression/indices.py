@@ -12,6 +12,8 @@ Measured against block-wise bit packing of gaps: `ops/bench/README.md`.
 Source: Rice and Plaunt 1971; for sparse updates Sattler et al., arXiv:1903.02891, algorithm 3.
 """
 
+from typing import Any
+
 import numpy as np
 
 from shared.compression.bits import from_planes, plane_bytes, to_planes
@@ -42,7 +44,8 @@ def encode_indices(indices: Indices, size: int) -> bytes:
     ends = np.cumsum((gaps >> low) + 1)
     unary = np.zeros(int(ends[-1]), np.uint8)
     unary[ends - 1] = 1
-    return to_planes(gaps.astype(np.uint64), low) + np.packbits(unary).tobytes()
+    gaps &= (1 << low) - 1
+    return to_planes(gaps.astype(_narrow(low)), low) + np.packbits(unary).tobytes()
 
 
 def decode_indices(payload: memoryview, count: int, size: int) -> Indices:
@@ -60,14 +63,15 @@ def decode_indices(payload: memoryview, count: int, size: int) -> Indices:
         raise RejectedUpdate(Reason.CODEC, f"{len(payload)} bytes do not hold {count} positions of {low} low bits")
     if len(payload) - planes > -(-(count + (size >> low)) // 8):
         raise RejectedUpdate(Reason.TOO_LARGE, f"{len(payload)} bytes for {count} positions below {size}")
-    ones = np.flatnonzero(np.unpackbits(np.frombuffer(payload, np.uint8, offset=planes)))
+    unary = np.unpackbits(np.frombuffer(payload, np.uint8, offset=planes)).view(np.bool_)  # ten times as fast to search
+    ones = np.flatnonzero(unary)
     if ones.size != count:
         raise RejectedUpdate(Reason.CODEC, f"{ones.size} positions where {count} are announced")
     indices: Indices = np.diff(ones, prepend=-1)  # gap >> low, plus one
     del ones
     indices -= 1
     indices <<= low
-    indices += from_planes(np.frombuffer(payload, np.uint8, planes), low, count, 0, count, np.uint32)
+    indices += from_planes(np.frombuffer(payload, np.uint8, planes), low, count, 0, count, _narrow(low))
     indices += 1
     np.cumsum(indices, out=indices)
     indices -= 1
@@ -85,6 +89,11 @@ def low_bits(count: int, size: int) -> int:
     while (1 << (2 * low + 1)) * count**2 * 10**12 < _LN2_SQUARED * size**2:
         low += 1
     return low
+
+
+def _narrow(bits: int) -> type[np.unsignedinteger[Any]]:
+    """Return the smallest type that holds so many bits: the planes are put together in it."""
+    return np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32
 
 
 _LN2_SQUARED = 480_453_013_918  # (ln 2)^2, times 10^12

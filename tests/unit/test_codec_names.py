@@ -29,7 +29,7 @@ from shared.errors import Reason, RejectedUpdate, SettingsError
         ("none", "float32"),
         (" safe ", "int8 | zstd"),
         ("balanced", "ef | uniform(step=2) | pack | zstd"),
-        ("tiny", "ef | topk(0.01) | ternary | zstd"),
+        ("tiny", "ef | topk(0.018) | ternary | zstd"),
     ],
 )
 def test_a_codec_is_spelled_out(written, canonical):
@@ -166,7 +166,7 @@ def test_ternary_after_a_selection_leaves_zeros_out():
         ("on", DOWNLINK_ON),
         (" on ", DOWNLINK_ON),
         ("balanced", "uniform(step=2) | pack | zstd"),  # the hidden state is the feedback
-        ("tiny", "topk(0.01) | ternary | zstd"),
+        ("tiny", "topk(0.018) | ternary | zstd"),
         ("safe", "int8 | zstd"),
         ("none", "float32"),
         ("ef|int8", "int8"),
