@@ -162,7 +162,7 @@ def draw(runs: list[Run], path: Path) -> None:
     axes.annotate("97 %", (axes.get_xlim()[0], TARGET), (4, 4), textcoords="offset points", color="#616e7c")
     axes.set(xscale="log", xlabel="megabytes sent by all devices together", ylabel="accuracy on the test images")
     axes.set_ylim(0.85, 0.985)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.62, 0.02), title="bytes to 97 %, beside float32")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 0.86), title="bytes to 97 %, beside float32")
     axes.set_title("MNIST, 100 workers with four label shards each, FedBuff: accuracy against bytes", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -173,7 +173,7 @@ def draw(runs: list[Run], path: Path) -> None:
 def _label(name: str, runs: list[Run]) -> str:
     """Say how many times fewer bytes were sent until the target than as float32."""
     sent = {n: [run.up for run in runs if run.name == n] for n in ("float32", name)}
-    if not all(sent[name]) or not all(sent["float32"]):
+    if name == "float32" or not all(sent[name]) or not all(sent["float32"]):
         return name
     return f"{name}: {statistics.mean(sent['float32']) / statistics.mean(sent[name]):.0f}x fewer"
 

@@ -42,9 +42,6 @@ EXPERIMENTS = {  # name -> codec up, codec down, how it is published, published 
     "naive, the same": (UP, "all | qsgd(8)", "naive", ("8.86e-3", "4.92e-3", "6.29e-3")),
     "QAFeL, top 10 % down": (UP, "all | topk(0.1)", "hidden", ("", "", "7.95e-4")),
     "naive, top 10 % down": (UP, "all | topk(0.1)", "naive", ("", "", "7.17, diverges")),
-    "ours: uniform(step=2) both ways": (
-        "all | uniform(step=2) | pack", "all | uniform(step=2) | pack", "hidden", ("", "", "")
-    ),
 }  # fmt: skip
 
 
