@@ -24,7 +24,7 @@ DRAWN = {  # codec -> (label, colour, offset of the label in points, its alignme
     "uniform(step=2) | pack | zstd": ("balanced: uniform(step=2)", RED, (-9, -12), "right"),
     "uniform(step=1) | pack | zstd": ("step=1", RED, (-9, -9), "right"),
     "uniform(step=4) | pack | zstd": ("step=4", RED, (-6, -14), "right"),
-    "topk(0.01) | ternary | zstd": ("tiny: topk(0.01)", GREEN, (4, -18), "right"),
+    "topk(0.018) | ternary | zstd": ("tiny: topk(0.018)", GREEN, (4, -18), "right"),
     "topk(0.05) | int4(nearest) | zstd": ("topk(0.05) | int4", GREEN, (-10, -13), "right"),
 }
 ZSTD = (("int8", "int8 | zstd"), ("int4", "int4 | zstd"), ("nf4", "nf4 | zstd"))

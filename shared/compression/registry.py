@@ -91,11 +91,11 @@ EXAMPLES = (  # every stage in every variant: what the tests and the benchmark g
     "ternary", "ternary | zstd", "ternary(stochastic) | zstd", "ef | sign", "ef | sign | zstd",
     "qsgd(4)", "qsgd(8) | pack | zstd", "all | qsgd(4)", "all | int8",
     "topk(0.1)", "topk(0.1) | float16", "topk(0.1) | int8", "topk(0.05) | int4(nearest) | zstd",
-    "topk(0.01) | ternary | zstd", "topk(0.1) | uniform(step=1) | pack | zstd", "randomk(0.1)",
+    "topk(0.018) | ternary | zstd", "topk(0.1) | uniform(step=1) | pack | zstd", "randomk(0.1)",
     "randomk(0.1) | int8 | zstd",
     "rotate | eden(1)", "rotate | eden(2)", "rotate | eden(3)", "rotate | eden(4) | zstd", "rotate | int4",
     "rotate | uniform(step=1, stochastic) | pack | zstd", "topk(0.1) | rotate | eden(2)",
-    "ef | uniform(step=2) | pack | zstd", "ef | topk(0.01) | ternary | zstd", "ef | topk(0.1) | int8",
+    "ef | uniform(step=2) | pack | zstd", "ef | topk(0.018) | ternary | zstd", "ef | topk(0.1) | int8",
     "ef | int4(nearest)", "ef | nf4", "ef | ternary",
 )  # fmt: skip
 
