@@ -432,10 +432,14 @@ CONTRACT = {  # design, section 5
     "evaluator": {"fedmq_evaluation": "gauge"},
 }  # fmt: skip
 BEYOND = {
-    "aggregator": {},
-    "worker": {"fedmq_worker_task_failures_total": "counter"},
+    "aggregator": {"fedmq_published_bytes_total": "counter"},
+    "worker": {
+        "fedmq_worker_task_failures_total": "counter", "fedmq_worker_pulls_total": "counter",
+        "fedmq_worker_downlink_mismatches_total": "counter", "fedmq_worker_residual_norm": "gauge",
+        "fedmq_worker_returned_total": "counter",
+    },
     "evaluator": {"fedmq_evaluated_version": "gauge"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("program", list(CONTRACT))

@@ -54,7 +54,7 @@ class CountingClient:
             delta = np.zeros(self.layout.num_params, np.float32)
             delta[i] = 1.0
             update_id = f"counter/0/{i}"
-            encoded = codec.encode(delta, np.random.default_rng(0))
+            encoded = codec.encode(delta, self.layout, np.random.default_rng(0))
             update = Update(
                 self.job, "counter", update_id, 0, 1, 1, self.layout.hash, {"name": "float32"}, encoded.payload,
                 {}, 0.0, time.time(),
