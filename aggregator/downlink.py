@@ -17,9 +17,9 @@ from shared.errors import RejectedUpdate, VersionGone
 from shared.metrics import AggregatorMetrics
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, carry_out, decoded, pack, plan
-from shared.snapshot import BFLOAT16, round_to_bfloat16, snapshot_bytes
+from shared.snapshot import BFLOAT16, snapshot_bytes
 from shared.store.ports import Head, WorkerStore
-from shared.vector import squared_norm
+from shared.vector import round_to_bfloat16, squared_norm
 
 log = logging.getLogger("fedmq.aggregator")
 

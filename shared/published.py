@@ -21,7 +21,7 @@ from shared.compression import Decoded, downlink_codec
 from shared.errors import Reason, RejectedUpdate, SettingsError
 from shared.layout import Layout
 from shared.model_image import ModelImage
-from shared.snapshot import round_to_bfloat16
+from shared.vector import round_to_bfloat16
 
 FORMAT = 1
 ENTRIES_MAX = 64  # of a codec's parameters

@@ -11,30 +11,8 @@ import numpy.typing as npt
 
 from shared.layout import Layout
 from shared.model_image import ModelImage, cut, file_header, fill_file, wide_bytes
-from shared.vector import BLOCK_ELEMENTS, Vector
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-
-
-def round_to_bfloat16(weights: Vector) -> None:
-    """Round to the nearest bfloat16, ties to even, in place and block by block.
-
-        b <- (b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000,    b the bits of a weight
-
-    Args:
-        weights: float32 [n]; changed. A NaN stays one; beyond 3.39e38 lies infinity.
-    """
-    scratch = np.empty(min(BLOCK_ELEMENTS, weights.size), np.uint32)
-    for start in range(0, weights.size, BLOCK_ELEMENTS):
-        block = weights[start : start + BLOCK_ELEMENTS]
-        bits, up = block.view(np.uint32), scratch[: block.size]
-        lost = np.isnan(block)
-        np.right_shift(bits, 16, out=up)
-        np.bitwise_and(up, 1, out=up)
-        np.add(up, np.uint32(0x7FFF), out=up)
-        np.add(bits, up, out=bits)
-        np.bitwise_and(bits, np.uint32(0xFFFF0000), out=bits)
-        block[lost] = np.nan
 
 
 def snapshot_bytes(layout: Layout, dtype: str) -> int:

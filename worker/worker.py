@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shared.clock import Clock
-from shared.compression import AUTO, parse
+from shared.compression import AUTO, Codec, parse
 from shared.config import WorkerSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
 from shared.layout import difference
@@ -30,7 +30,7 @@ from shared.messages import (
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import WorkerStore
-from shared.vector import NORM_MAX, squared_norm
+from shared.vector import NORM_MAX, Vector, squared_norm
 from worker.auto import CHOICES, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
@@ -89,10 +89,8 @@ class Worker:
         result, delta = self._train(context)
         train_seconds = time.perf_counter() - started
         self._metrics.train.observe(train_seconds)
-        name, horizon = self._job["codec"], HORIZONS * int(self._job["staleness_max"])
-        automatic = name == AUTO
-        codec = self._auto.codec(delta, self._image.layout, train_seconds, context.seed) if automatic else parse(name)
-        rng = np.random.default_rng(context.seed)
+        codec = self._codec(delta, train_seconds, context.seed)
+        horizon, rng = HORIZONS * int(self._job["staleness_max"]), np.random.default_rng(context.seed)
         encoded = self._residual.encode(codec, delta, self._image.layout, self._version, self._revision, horizon, rng)
         update = Update(
             job=self.settings.job,
@@ -230,6 +228,13 @@ class Worker:
                 f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise "
                 "FEDMQ_UPDATE_BYTES_MAX (and max_message_size of RabbitMQ)"
             )
+
+    def _codec(self, delta: Vector, train_seconds: float, seed: int) -> Codec:
+        """Return the job's codec for this update; `auto` leaves it to this worker."""
+        name = self._job["codec"]
+        if name != AUTO:
+            return parse(name)
+        return self._auto.codec(delta, self._image.layout, train_seconds, seed)
 
     def _context(self) -> Context:
         settings = self.settings

@@ -29,7 +29,11 @@ from worker.task import Task
 
 TASK = Path(__file__).parent / "tasks" / "mnist_cnn.py"
 WORKERS, BUFFER_SIZE, SERVER_LR, LR, BATCH, SHARDS = 100, 10, 1.0, 0.15, 30, 4
-TRIP_S, REST_S = 1.2, 4.8  # means: a fifth of the devices is busy at a time
+SAMPLES = 600  # images of a worker
+SETTINGS = {
+    "shares": str(WORKERS), "samples": str(SAMPLES), "shards": str(SHARDS), "lr": str(LR), "batch": str(BATCH),
+}  # fmt: skip
+REST_S = 4.8  # mean; with trips of 1.2 s a fifth of the devices is busy at a time
 TARGET, WINDOW = 0.97, 5  # accuracy; evaluations it is averaged over
 UPDATES, EVALUATE_EVERY = 2_500, 5  # trips in all; versions between two evaluations
 FINAL = 10  # evaluations the final accuracy is averaged over
@@ -81,7 +85,7 @@ def run_one(name: str, seed: int, updates: int = UPDATES) -> Run:
     workers = [
         WorkerSettings(
             job="bench", client_id=f"worker-{i}", task=str(TASK), seed=seed, state_dir=folder,
-            task_settings={"share": str(i), "lr": str(LR), "shards": str(SHARDS), "batch": str(BATCH)},
+            task_settings=SETTINGS | {"share": str(i)},
         )
         for i in range(WORKERS)
     ]  # fmt: skip

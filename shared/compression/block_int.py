@@ -112,8 +112,7 @@ class BlockIntQuantizer:
             steps[start // BLOCK : start // BLOCK + len(rows)] = self._steps(rows)
         scale, scales = relative_scales(steps)
         integers = np.zeros(blocks * BLOCK, np.int8)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(scales > 0, 1 / (scales.astype(np.float32) * np.float32(scale)), 0)
+        inverse = inverse_of(scale, scales)
         scratch = np.empty((-(-min(values.size, SLAB) // BLOCK), BLOCK), np.float32)
         for start, x in values.slabs():
             rows = rows_of(x)
@@ -141,9 +140,20 @@ class BlockIntQuantizer:
         if self.bits == 2 and self.rounding == "nearest":
             steps: Vector = np.sqrt(np.einsum("ij,ij->i", rows, rows) / BLOCK) * np.float32(THREE_LEVELS)
             return steps
-        # twice as fast as max(axis=1)
-        largest: Vector = np.maximum.reduceat(np.abs(rows).reshape(-1), np.arange(0, rows.size, BLOCK))
-        return largest / np.float32(self.levels)
+        return largest_of(rows) / np.float32(self.levels)
+
+
+def largest_of(rows: Vector) -> Vector:
+    """Return each row's largest magnitude; twice as fast as max(axis=1)."""
+    largest: Vector = np.maximum.reduceat(np.abs(rows).reshape(-1), np.arange(0, rows.size, rows.shape[1]))
+    return largest
+
+
+def inverse_of(scale: np.float32, scales: npt.NDArray[np.float16]) -> Vector:
+    """Return 1 / step of each block, 0 where the step is 0."""
+    with np.errstate(divide="ignore"):
+        inverse: Vector = np.where(scales > 0, 1 / (scales.astype(np.float32) * scale), np.float32(0))
+    return inverse
 
 
 def relative_scales(steps: Vector) -> tuple[np.float32, npt.NDArray[np.float16]]:

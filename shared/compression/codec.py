@@ -30,6 +30,22 @@ class Decoded(Protocol):
         """Return ||delta||^2, from the compressed form."""
 
 
+class Stage(Protocol):
+    """What one part of a pipeline says of itself; the registry refuses pipelines by it."""
+
+    @property
+    def name(self) -> str:
+        """How it stands in the codec's string."""
+
+    @property
+    def unbiased(self) -> bool:
+        """E[what arrives] = x."""
+
+    @property
+    def contraction(self) -> bool:
+        """E||x - what arrives||^2 < ||x||^2 for every x != 0: what error feedback needs."""
+
+
 class Codec(Protocol):
     """One way to write a delta down.
 

@@ -15,7 +15,7 @@ from shared.compression.codec import Params
 from shared.compression.quantizer import Quantized, Written, exactly, read_scales
 from shared.compression.tensors import SLAB, Indices, Values
 from shared.errors import Reason, RejectedUpdate
-from shared.vector import Vector, squared_norm
+from shared.vector import Vector, round_to_bfloat16, squared_norm
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -70,7 +70,9 @@ class FloatQuantizer:
         for start, x in values.slabs():
             target = out[start : start + x.size]
             if self.name == "bfloat16":
-                target[:] = to_bfloat16(x)
+                rounded = x.copy()
+                round_to_bfloat16(rounded)
+                target[:] = rounded.view(np.uint32) >> 16
             else:
                 np.multiply(x, factor, out=target, casting="same_kind")
         return Written((head, out.data), {})
@@ -84,8 +86,11 @@ class FloatQuantizer:
             if any(int(part.max()) >= _BFLOAT16_ABSURD for part in parts):
                 raise RejectedUpdate(Reason.NOT_FINITE, "bfloat16 payload holds NaN, infinity or absurd values")
             return BFloats(halves)
-        scale = float(read_scales(self.name, payload, 1)[0]) if self.name == "float16" else 1.0
-        values = np.frombuffer(payload, "<f2" if scale_first(self.name) else "<f4", offset=4 * scale_first(self.name))
+        values: npt.NDArray[np.floating[Any]]
+        if self.name == "float16":
+            scale, values = float(read_scales(self.name, payload, 1)[0]), np.frombuffer(payload, "<f2", offset=4)
+        else:
+            scale, values = 1.0, np.frombuffer(payload, "<f4")
         if not _finite(values):
             raise RejectedUpdate(Reason.NOT_FINITE, f"{self.name} payload holds NaN, infinity or absurd values")
         return Floats(values, scale)
@@ -100,19 +105,6 @@ def _finite(values: npt.NDArray[np.floating[Any]]) -> bool:
         parts = (values[start : start + SLAB].view(np.uint16) for start in range(0, values.size, SLAB))
         return all(int((part & 0x7FFF).max()) < 0x7C00 for part in parts)
     return bool(np.isfinite(squared_norm(values)))
-
-
-def scale_first(name: str) -> bool:
-    """Tell whether a power of two stands before the values."""
-    return name == "float16"
-
-
-def to_bfloat16(x: Vector) -> npt.NDArray[np.uint16]:
-    """Round finite float32 to the upper 16 bits, to nearest, ties to even."""
-    bits = x.view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    upper: npt.NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
-    return upper
 
 
 def _power_of_two(largest: float) -> float:

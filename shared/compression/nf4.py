@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared.compression.block_int import read_relative_scales, relative_scales, rows_of
+from shared.compression.block_int import inverse_of, largest_of, read_relative_scales, relative_scales, rows_of
 from shared.compression.codec import Params
 from shared.compression.quantizer import Quantized, Written, exactly, read_scale
 from shared.compression.tensors import Indices, Values
@@ -72,10 +72,9 @@ class Nf4Quantizer:
         steps = np.zeros(blocks, np.float32)
         for start, x in values.slabs():
             rows = rows_of(x, BLOCK)
-            steps[start // BLOCK : start // BLOCK + len(rows)] = np.abs(rows).max(axis=1)
+            steps[start // BLOCK : start // BLOCK + len(rows)] = largest_of(rows)
         scale, scales = relative_scales(steps)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(scales > 0, 1 / (scales.astype(np.float32) * np.float32(scale)), 0)
+        inverse = inverse_of(scale, scales)
         packed = np.empty(blocks * BLOCK // 2, np.uint8)
         for start, x in values.slabs():
             rows = rows_of(x, BLOCK)

@@ -16,7 +16,7 @@ import numpy as np
 from shared.compression.codec import Decoded, Encoded, Params
 from shared.compression.entropy import compress, compressed_bytes_max, decompress
 from shared.compression.floats import FLOAT16
-from shared.compression.quantizer import Nothing, Piece, Quantized, Quantizer, read_count
+from shared.compression.quantizer import SEED_MAX, Nothing, Piece, Quantized, Quantizer, read_count
 from shared.compression.rotate import rotate, rotate_back, rotated_size
 from shared.compression.selection import Selection
 from shared.compression.tensors import SLAB, Indices, Runs, Values, parts_of
@@ -25,7 +25,6 @@ from shared.layout import Layout
 from shared.vector import Vector
 
 _LENGTH = struct.Struct("<I")
-_SEED_MAX = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class Pipeline:
             sections += [_LENGTH.pack(len(chosen.section)), chosen.section]
             values = Values.plain(chosen.values, _ends_of(chosen.indices, parts.ends))
         if self.rotated and values.size:
-            params["seed"] = int(rng.integers(0, _SEED_MAX, endpoint=True))
+            params["seed"] = int(rng.integers(0, SEED_MAX, endpoint=True))
             rotated = rotate(values, int(params["seed"]))
             values = Values.plain(rotated, np.array([rotated.size]))
         if values.size:
@@ -205,7 +204,7 @@ class Pipeline:
         if not self.rotated:
             return self.quantizer.decode(left, params, count, ends)
         size = rotated_size(count)
-        seed = read_count("rotate", params, "seed", _SEED_MAX)
+        seed = read_count("rotate", params, "seed", SEED_MAX)
         return rotate_back(self.quantizer.decode(left, params, size, np.array([size])), seed, count)
 
     def _cut(self, left: memoryview, length: int, last: bool = False) -> tuple[memoryview, memoryview]:

@@ -5,13 +5,13 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.compression.codec import Params
-from shared.compression.tensors import SLAB, Indices, Values
+from shared.compression.codec import Params, Stage
+from shared.compression.tensors import Indices, Values
 from shared.errors import Reason, RejectedUpdate
 from shared.vector import Vector
 
 SCALE_MAX = 1e12  # times 32,767, the largest number a scale multiplies: a slab's squared norm still fits float32
-
+SEED_MAX = 2**32 - 1  # of the parameters a decoder draws from
 
 Piece = bytes | memoryview
 
@@ -36,26 +36,8 @@ class Quantized(Protocol):
         """Write `weight * values[start:stop]` into `out` (float32 [stop - start]); `start` is a multiple of SLAB."""
 
 
-class Quantizer(Protocol):
-    """One way to write numbers with few bits.
-
-    Attributes:
-        name: its stage in the codec's string.
-        unbiased: E[decode(encode(x))] = x.
-        contraction: E||x - decode(encode(x))||^2 < ||x||^2 for every x != 0, so that error feedback converges.
-    """
-
-    @property
-    def name(self) -> str:
-        """Its stage in the codec's string."""
-
-    @property
-    def unbiased(self) -> bool:
-        """E[decode(encode(x))] = x."""
-
-    @property
-    def contraction(self) -> bool:
-        """E||x - decode(encode(x))||^2 < ||x||^2 for every x != 0: what error feedback needs."""
+class Quantizer(Stage, Protocol):
+    """One way to write numbers with few bits."""
 
     def bytes_max(self, count: int, tensors: int) -> int:
         """Return the most bytes `count` values of `tensors` tensors take."""
@@ -124,19 +106,3 @@ def dither(count: int, rng: np.random.Generator) -> Vector:
     uniform: Vector = np.multiply(words, np.float32(2.0**-16))
     uniform += np.float32(2.0**-17)
     return uniform
-
-
-__all__ = [
-    "SCALE_MAX",
-    "SLAB",
-    "Nothing",
-    "Piece",
-    "Quantized",
-    "Quantizer",
-    "Written",
-    "dither",
-    "exactly",
-    "read_count",
-    "read_scale",
-    "read_scales",
-]

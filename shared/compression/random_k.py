@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.compression.codec import Params
-from shared.compression.quantizer import exactly, read_count
-from shared.compression.selection import Selected
+from shared.compression.quantizer import SEED_MAX, exactly, read_count
+from shared.compression.selection import Selected, share_of
 from shared.compression.tensors import Indices, Values
-
-SEED_MAX = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class RandomK:
 
     def count_max(self, size: int) -> int:
         """Return k."""
-        return min(size, int(np.ceil(self.share * size)))
+        return share_of(self.share, size)
 
     def section_bytes_max(self, size: int) -> int:
         """Positions are not written."""

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from shared.compression.codec import Params
+from shared.compression.codec import Params, Stage
 from shared.compression.tensors import Indices, Values
 from shared.vector import Vector
 
@@ -29,20 +29,8 @@ class Selected:
     params: Params
 
 
-class Selection(Protocol):
+class Selection(Stage, Protocol):
     """One way to leave elements out."""
-
-    @property
-    def name(self) -> str:
-        """Its stage in the codec's string."""
-
-    @property
-    def unbiased(self) -> bool:
-        """E[what is sent] = x."""
-
-    @property
-    def contraction(self) -> bool:
-        """E||x - what is sent||^2 < ||x||^2."""
 
     def count_max(self, size: int) -> int:
         """Return the most elements chosen of `size`."""
@@ -55,3 +43,8 @@ class Selection(Protocol):
 
     def locate(self, section: memoryview, params: Params, size: int) -> Indices:
         """Read the positions; raises `RejectedUpdate` and nothing else."""
+
+
+def share_of(share: float, size: int) -> int:
+    """Return how many elements a share of `size` is: k = ceil(p n)."""
+    return min(size, int(np.ceil(share * size)))

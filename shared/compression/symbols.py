@@ -187,6 +187,3 @@ def _from_planes(low: Codes, high: Codes) -> Symbols:
     folded = low | (high.astype(np.uint16) << 8)
     numbers: Symbols = (folded >> 1).astype(np.int16) ^ -(folded & 1).astype(np.int16)
     return numbers
-
-
-__all__ = ["LARGEST", "SLAB", "ScaledSymbols", "decode_symbols", "encode_symbols", "symbols_bytes_max"]

@@ -14,7 +14,7 @@ import numpy as np
 from shared.compression.codec import Params
 from shared.compression.indices import decode_indices, encode_indices, indices_bytes_max
 from shared.compression.quantizer import read_count
-from shared.compression.selection import Selected
+from shared.compression.selection import Selected, share_of
 from shared.compression.tensors import SLAB, Indices, Values
 from shared.vector import Vector
 
@@ -43,7 +43,7 @@ class TopK:
 
     def count_max(self, size: int) -> int:
         """Return k."""
-        return min(size, int(np.ceil(self.share * size)))
+        return share_of(self.share, size)
 
     def section_bytes_max(self, size: int) -> int:
         """Return the bound of the positions' code."""

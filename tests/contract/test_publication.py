@@ -16,8 +16,9 @@ from shared.errors import RejectedUpdate, VersionConflict, VersionGone
 from shared.metrics import AggregatorMetrics, WorkerMetrics
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, pack
-from shared.snapshot import round_to_bfloat16, snapshot_bytes
+from shared.snapshot import snapshot_bytes
 from shared.store.ports import Head, StateStore
+from shared.vector import round_to_bfloat16
 from tests.contract.stores import LAYOUT, InRedis, Store, commit_of, image
 from worker.replica import Replica
 

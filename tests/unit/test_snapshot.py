@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from shared.model_image import ModelImage
-from shared.snapshot import BFLOAT16, FLOAT32, read_snapshot, round_to_bfloat16, snapshot_bytes, write_snapshot
-from shared.vector import BLOCK_ELEMENTS
+from shared.snapshot import BFLOAT16, FLOAT32, read_snapshot, snapshot_bytes, write_snapshot
+from shared.vector import BLOCK_ELEMENTS, round_to_bfloat16
 
 
 def nearest(value: float) -> float:

@@ -1,7 +1,7 @@
 """MNIST from the standard IDX files in the folder `mnist` under FEDMQ_DATA.
 
 Settings: `share`, `shares` (default 10), `shards` (label shards each, default 3), `samples` (images a worker has,
-default 1000), `epochs` (default 1), `lr` (default 0.05).
+default 1000), `epochs` (default 1), `lr` (default 0.05), `batch` (default 20).
 """
 
 import gzip
@@ -39,7 +39,7 @@ def train(model: torch.nn.Module, context: Context) -> TrainResult:
     mine = dealt[share_of(context.client, settings, shares)]
     return local_sgd(
         model, images[mine], labels[mine], lr=float(settings.get("lr", "0.05")), seed=context.seed,
-        epochs=int(settings.get("epochs", "1")), batch_size=20, stopping=context.stopping,
+        epochs=int(settings.get("epochs", "1")), batch_size=int(settings.get("batch", "20")), stopping=context.stopping,
     )  # fmt: skip
 
 
