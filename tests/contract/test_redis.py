@@ -363,6 +363,14 @@ def test_a_server_that_is_no_redis_is_unavailable(servers: PrivateServers, job: 
     assert isinstance(problem_of(f"redis://127.0.0.1:{servers.rabbitmq.port}/0", job), StoreUnavailable)
 
 
+def test_what_became_of_a_clients_updates_expires(own: PrivateServer, job: str) -> None:
+    """Every id that ever published would keep a stream else; a client that goes on renews its own."""
+    store = RedisStore(own.url, job)
+    store.create(image(0), 1.0)
+    store.commit(commit_of(0, 1, image(1), outcomes={"a": [("a/i/1", "applied")]}))
+    assert 29 * 86_400 < store._redis.ttl(f"fedmq:{{{job}}}:outcomes:a") <= 30 * 86_400
+
+
 @pytest.mark.parametrize("rights", [("+@read",), ("+@read", "+@connection")], ids=["read", "read and connection"])
 def test_a_login_that_can_only_read_serves_a_worker(own: PrivateServer, job: str, rights: tuple[str, ...]) -> None:
     aggregator = RedisStore(own.url, job)

@@ -14,7 +14,7 @@ from tests.e2e.conftest import clean_environment
 
 LAST_LINE = re.compile(
     r"accuracy (\d\.\d{3}) after (\d+) versions, (\d+) updates, (\d+) bytes sent \((\d+\.\d) x smaller than float32\), "
-    r"\d+ bytes pulled \(\d+\.\d x smaller\)"
+    r"(\d+) bytes pulled \((\d+\.\d) x smaller\)"
 )
 FILES = {"report.html", "curves.png", "history.csv", "model.safetensors"}
 
@@ -28,7 +28,7 @@ class Demo:
 
     @property
     def last_line(self):
-        """Return the numbers of the last line: accuracy, versions, updates, bytes, ratio."""
+        """Return the numbers of the last line: accuracy, versions, updates, then bytes and ratio, up and down."""
         found = LAST_LINE.fullmatch(self.out.splitlines()[-1])
         assert found, self.out
         return tuple(float(number) for number in found.groups())
@@ -92,21 +92,23 @@ def test_another_number_of_workers_gives_another_model(demos):
 
 def test_the_default_demo_learns_the_digits(demos):
     demo = demos["default"]
-    accuracy, versions, updates, bytes_sent, ratio = demo.last_line
+    accuracy, versions, updates, bytes_sent, ratio, _, ratio_down = demo.last_line
     assert accuracy >= 0.94
     assert (versions, updates) == (300, 3000)
-    assert ratio > 8  # int4 | zstd
+    assert ratio > 15  # balanced
+    assert ratio_down > 15  # pulls of deltas, 1 x without them
     assert ratio == pytest.approx(3000 * 4 * 9610 / bytes_sent, abs=0.06)
 
 
 @pytest.mark.parametrize("name", ["default", "small"])
 def test_the_history_agrees_with_the_last_line(demos, name):
     demo = demos[name]
-    accuracy, versions, updates, bytes_sent, _ = demo.last_line
+    accuracy, versions, updates, bytes_sent, _, bytes_pulled, _ = demo.last_line
     rows = demo.history
     assert rows[0]["version"] == rows[0]["updates"] == rows[0]["bytes_sent"] == 0
     last = rows[-1]
     assert (last["version"], last["updates"], last["bytes_sent"]) == (versions, updates, bytes_sent)
+    assert last["bytes_pulled"] == bytes_pulled > 0
     assert last["accuracy"] == pytest.approx(accuracy, abs=0.0006)
     for column in ("version", "updates", "bytes_sent", "time_s"):
         values = [row[column] for row in rows]
@@ -134,10 +136,11 @@ def test_the_demo_on_servers_accounts_for_every_update(tmp_path):
     assert published == applied + refused + rejected
     assert applied >= 150
     assert rejected == 0
-    accuracy, versions, updates, _, ratio = demo.last_line
+    accuracy, versions, updates, _, ratio, _, ratio_down = demo.last_line
     assert (versions, updates) == (applied // 10, applied)
     assert accuracy > 0.8
     assert ratio > 8
+    assert ratio_down > 4
     assert {path.name for path in demo.folder.iterdir()} == FILES
     assert_self_contained(demo.folder / "report.html")
     report = (demo.folder / "report.html").read_text()

@@ -15,7 +15,7 @@ from shared.published import SnapshotEntry, decoded, pack, plan, unpack
 from shared.snapshot import snapshot_bytes
 from shared.store.inprocess import InProcessStore
 from shared.store.ports import Commit
-from tests.builders import FaultyStore, System, add_one, device_of
+from tests.builders import JOB, FaultyStore, System, add_one, device_of
 from worker.replica import Replica
 
 SHAPE = (50, 100)  # a matrix: vectors and small tensors travel as float16 whatever the codec
@@ -540,3 +540,18 @@ def test_a_job_that_began_anew_is_noticed_at_the_same_version():
     replica._store = new.store
     assert np.array_equal(replica.pull(head).weights, new.model.weights)
     assert not replica.differs(head)
+
+
+def test_fedasync_is_refused_while_workers_hold_what_a_downlink_published():
+    system = system_of(downlink="on")
+    publish(system, np.random.default_rng(0))
+    assert system.store.head().published
+    system.settings = AggregatorSettings(job=JOB, rule="fedasync")
+    with pytest.raises(SettingsError, match=r"fedasync needs the very weights .* FEDMQ_DOWNLINK=off"):
+        system.restart()
+    system.settings = AggregatorSettings(job=JOB, buffer_size=1, commit_interval_s=0.0)
+    system.restart()
+    publish(system, np.random.default_rng(1))
+    assert not system.store.head().published
+    system.settings = AggregatorSettings(job=JOB, rule="fedasync")
+    system.restart()
