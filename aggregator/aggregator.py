@@ -17,9 +17,10 @@ from typing import Any
 from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit
 from aggregator.downlink import Downlink
-from aggregator.rules import rule_of
+from aggregator.rules import Arrival, rule_of
 from aggregator.staleness import parse_staleness
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
+from shared.choices import parse
 from shared.clock import Clock
 from shared.compression import Decoded
 from shared.config import AggregatorSettings
@@ -34,6 +35,7 @@ from shared.errors import (
 from shared.messages import Update
 from shared.metrics import AggregatorMetrics
 from shared.published import NOTHING
+from shared.rules import RULE_TABLE, RULES
 from shared.store.ports import Commit, StateStore, Stored
 from shared.transport.ports import Delivery, UpdateSource
 from shared.vector import Vector
@@ -41,6 +43,7 @@ from shared.vector import Vector
 log = logging.getLogger("fedmq.aggregator")
 
 BASES_HELD = 2  # base versions FedAsync keeps at hand, each of model size
+KEPT_BYTES_MAX = 64 * 2**20  # of records that changed: a commit is due, so that memory does not grow with the workers
 RETRY_S = (0.1, 5.0)  # first and longest wait after a store did not answer
 
 
@@ -63,7 +66,8 @@ class Aggregator:
         self.settings, self.metrics, self.stop = settings, metrics, threading.Event()
         self._source, self._store, self._clock, self._poll_s = source, store, clock, poll_s
         self._rule = rule_of(settings)
-        self._weight = parse_staleness(settings.staleness)
+        weighed = "staleness" in RULES[parse(settings.rule, RULE_TABLE).name].uses
+        self._weight = parse_staleness(settings.staleness if weighed else "constant")
         self._held: Delivery | None = None  # received, not yet settled
         self._pending: list[Delivery] = []  # settled in memory, to be acked after the next commit
         self._account = Account()
@@ -156,8 +160,9 @@ class Aggregator:
             return DUPLICATE, staleness, 0.0
         if staleness > self.settings.staleness_max or update.base_version < state.floor:
             return STALE, staleness, 0.0
-        base = self._base(update.base_version) if self._rule.needs_base else None
-        weight = self._rule.fold(state, update, delta, staleness, self._weight(staleness), base)
+        base = self._base(update.base_version) if self._rule.needs.base else None
+        weight = self._weight(staleness)
+        weight = self._rule.fold(state, Arrival(update, delta, staleness, weight, base))
         state.applied[update.update_id] = update.base_version
         return APPLIED, staleness, weight
 
@@ -187,6 +192,8 @@ class Aggregator:
         if fresh and (
             now - self._committed_at >= self.settings.commit_interval_s or 2 * held >= self.settings.prefetch
         ):
+            return True
+        if self.state.kept.changed_bytes >= KEPT_BYTES_MAX:
             return True
         aged = self._advanced and now - self._committed_at >= 2 * self.settings.commit_interval_s
         late = now - self._pending_since >= self.settings.commit_age_max_s
@@ -225,14 +232,14 @@ class Aggregator:
     def _open_commit(self, moved: bool, dropped: list[int]) -> Commit:
         """Return everything since the last commit."""
         state = self.state
-        arrays = self._rule.arrays if state.buffer else ()
+        arrays = (*self._rule.arrays, *(self._rule.sums if state.buffer else ()))
         return Commit(
             expected_revision=state.revision,
             token=self._token,
             version=state.version,
             model=state.model if moved else None,
             arrays={name: state.arrays[name] for name in arrays},
-            state=small_part(state, self._rule.buffer_kind, arrays),
+            state=small_part(state, self._rule.buffer_kind, self._rule.name, arrays),
             applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
             applied_floor=self._floor(),
             ledger=json.dumps(self._account.entries),
@@ -242,12 +249,14 @@ class Aggregator:
             now=self._clock.now(),
             outcomes=self._account.outcomes,
             publication=self._downlink.publish(state.version, state.model) if moved else NOTHING,
+            kept=dict(state.kept.changes),
         )
 
     def _committed(self, moved: bool, dropped: list[int]) -> None:
         """Note in memory what is durable now."""
         state = self.state
         state.revision += 1
+        state.kept.committed()
         if moved:
             state.committed_version = state.version
             self._downlink.committed(self.metrics)
@@ -303,13 +312,13 @@ class Aggregator:
                 f"the job's open buffer is of {kind}, these settings are of {self._rule.buffer_kind}: start once more "
                 "with the old ones and FEDMQ_BUFFER_SIZE=1 until it is empty"
             )
-        if self._rule.needs_base and stored.head.published:
+        if self._rule.needs.base and stored.head.published:
             raise SettingsError(
                 f"workers hold version {stored.head.version} as the downlink published it, and rule {self._rule.name} "
                 "needs the very weights they started from: start once with FEDMQ_RULE=fedbuff and FEDMQ_DOWNLINK=off "
                 "until the next version is made"
             )
-        state = from_stored(stored, self._rule.arrays)
+        state = from_stored(stored, self._rule.name, self._rule.sums, self._rule.arrays, self._store.kept)
         self._bases.clear()
         self.metrics.version.set(state.version)
         self.metrics.buffered.set(len(state.buffer))
@@ -320,12 +329,11 @@ class Aggregator:
         return max(0, self.state.floor, self.state.version - self.settings.staleness_max)
 
     def _versions_to_drop(self) -> list[int]:
-        """Return the stored versions nobody needs: all but the newest few, and the bases a rule may ask for."""
-        state = self.state
+        """Return the stored versions nobody needs: all but the newest few, and those the rule asks for."""
+        state, needs = self.state, self._rule.needs
         newest = state.versions[-(self.settings.versions_kept - 1) :] if self.settings.versions_kept > 1 else []
-        return [
-            v for v in state.versions if v not in newest and not (self._rule.needs_base and v >= self._floor())
-        ]  # fmt: skip
+        asked = [v for v in state.versions if (needs.base and v >= self._floor()) or (needs.start and v == 0)]
+        return [v for v in state.versions if v not in newest and v not in asked]
 
     def describe(self) -> dict[str, Any]:
         """Return what a worker needs to know of the job."""

@@ -5,7 +5,8 @@ tau = version at apply - base_version, counted before the version moves: a fresh
 
 from collections.abc import Callable
 
-from shared.config import STALENESS
+from shared.choices import parse
+from shared.rules import STALENESS
 
 StalenessWeight = Callable[[int], float]
 
@@ -73,8 +74,6 @@ def parse_staleness(text: str) -> StalenessWeight:
     Raises:
         ValueError: anything else, or parameters out of range.
     """
-    if not STALENESS.fullmatch(text):
-        raise ValueError(f"{text!r}: must be constant, polynomial(a) or hinge(a,b) with numbers >= 0")
-    name, _, arguments = text.rstrip(")").partition("(")
-    function, numbers = FUNCTIONS[name], [float(part) for part in arguments.split(",") if part]
-    return lambda staleness: function(staleness, *numbers)
+    choice = parse(text, STALENESS)
+    function = FUNCTIONS[choice.name]
+    return lambda staleness: function(staleness, **choice.numbers)

@@ -1,5 +1,6 @@
 """The whole aggregation state, as it is loaded, changed in memory and committed."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,49 @@ class Contribution:
     mass: float
 
 
+class Kept:
+    """What rules keep beside the vectors, one record a client or a place in the buffer: in the store, not in memory.
+
+    Reads go to what changed since the last commit, then to the store. Names are those of the open state: a record
+    that the state does not list does not exist.
+
+    Args:
+        read: from the store; None when there is none of that name.
+        names: of the records the state has.
+    """
+
+    def __init__(self, read: Callable[[str], bytes | None], names: set[str] | None = None) -> None:
+        self._read = read
+        self.names = names or set()
+        self.changes: dict[str, bytes | None] = {}  # since the last commit; None: dropped
+        self.changed_bytes = 0
+
+    def get(self, name: str) -> bytes | None:
+        """Return a record, None when there is none."""
+        if name not in self.names:
+            return None
+        return self.changes[name] if name in self.changes else self._read(name)
+
+    def put(self, name: str, record: bytes) -> None:
+        """Write a record."""
+        self.names.add(name)
+        self._change(name, record)
+
+    def drop(self, name: str) -> None:
+        """Remove a record; one that is not there is no matter."""
+        if name in self.names:
+            self.names.discard(name)
+            self._change(name, None)
+
+    def committed(self) -> None:
+        """Note that the changes are durable."""
+        self.changes, self.changed_bytes = {}, 0
+
+    def _change(self, name: str, record: bytes | None) -> None:
+        self.changed_bytes += len(record or b"") - len(self.changes.get(name) or b"")
+        self.changes[name] = record
+
+
 @dataclass(slots=True)
 class State:
     """What one aggregator holds; model-size vectors are changed in place.
@@ -40,6 +84,8 @@ class State:
         committed_version: newest version that others can have pulled.
         model: the weights of `version`.
         arrays: model-size vectors of the rule, e.g. the running sum.
+        kept: records of the rule, one a client or a place in the buffer, e.g. a client's last delta.
+        facts: small facts of the rule, msgpack's types; keys of maps are text.
         buffer: contributions since the last version.
         buffer_since: unix seconds when the oldest of them came; 0 while there is none.
         applied: update_id -> base_version of applied updates within the staleness horizon.
@@ -54,6 +100,8 @@ class State:
     committed_version: int
     model: ModelImage
     arrays: dict[str, Vector] = field(default_factory=dict)
+    kept: Kept = field(default_factory=lambda: Kept(lambda name: None))
+    facts: dict[str, Any] = field(default_factory=dict)
     buffer: list[Contribution] = field(default_factory=list)
     buffer_since: float = 0.0
     applied: dict[str, int] = field(default_factory=dict)
@@ -67,19 +115,33 @@ class State:
         return self.model.weights
 
 
-def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
-    """Build the state of a stored revision; missing arrays start at zero."""
+def from_stored(
+    stored: Stored, rule: str, sums: tuple[str, ...], arrays: Mapping[str, float], read: Callable[[str], bytes | None]
+) -> State:
+    """Build the state of a stored revision.
+
+    Args:
+        stored: what the store holds.
+        rule: name of the rule; what another one kept is dropped.
+        sums: vectors of the open buffer; missing ones start at zero.
+        arrays: vectors that last -> what missing ones are filled with.
+        read: reads a kept record from the store.
+    """
     fresh: dict[str, Any] = {"buffer": [], "since": 0.0, "floor": 0, "totals": {}}
     small = msgpack.unpackb(stored.state) if stored.state else fresh
-    arrays = {
-        name: stored.arrays.get(name, np.zeros(stored.head.num_params, np.float32)) for name in array_names
-    }  # fmt: skip
+    kept, own = Kept(read, set(small.get("kept", ()))), small.get("facts_of") == rule
+    if not own:
+        for name in sorted(kept.names):
+            kept.drop(name)
     return State(
         revision=stored.head.revision,
         version=stored.head.version,
         committed_version=stored.head.version,
         model=stored.model,
-        arrays=arrays,
+        arrays={name: _array(stored, name, 0.0, True) for name in sums}
+        | {name: _array(stored, name, first, own) for name, first in arrays.items()},
+        kept=kept,
+        facts=small["facts"] if own else {},
         buffer=[Contribution(*item) for item in small["buffer"]],
         buffer_since=small["since"],
         applied=stored.applied,
@@ -89,23 +151,31 @@ def from_stored(stored: Stored, array_names: tuple[str, ...]) -> State:
     )
 
 
+def _array(stored: Stored, name: str, first: float, own: bool) -> Vector:
+    if own and name in stored.arrays:
+        return stored.arrays[name]
+    return np.full(stored.head.num_params, first, np.float32)
+
+
 def open_buffer_kind(stored: Stored) -> str | None:
     """Return what the stored open buffer is a sum of (`Rule.buffer_kind`), None while it is empty."""
     small = msgpack.unpackb(stored.state) if stored.state else {"buffer": []}
     return str(small["rule"]) if small["buffer"] else None
 
 
-def small_part(state: State, rule: str, arrays: tuple[str, ...]) -> bytes:
+def small_part(state: State, kind: str, rule: str, arrays: tuple[str, ...]) -> bytes:
     """Write the part of the state that is not of model size.
 
     Args:
         state: the state.
-        rule: `Rule.buffer_kind` of its buffer.
+        kind: `Rule.buffer_kind` of its buffer.
+        rule: name of the rule, whose facts and kept records these are.
         arrays: which model-size vectors go with it.
     """
     buffer = [[c.update_id, c.staleness, c.weight, c.mass] for c in state.buffer]
-    record: dict[str, Any] = {"format": STATE_FORMAT, "rule": rule, "arrays": list(arrays), "buffer": buffer}
+    record: dict[str, Any] = {"format": STATE_FORMAT, "rule": kind, "arrays": list(arrays), "buffer": buffer}
     record |= {"since": state.buffer_since, "floor": state.floor, "totals": state.totals}
+    record |= {"facts_of": rule, "facts": state.facts, "kept": sorted(state.kept.names)}
     packed: bytes = msgpack.packb(record)
     return packed
 

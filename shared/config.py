@@ -6,7 +6,6 @@ All are checked as a whole at start, and every problem stands in one message.
 import difflib
 import json
 import os
-import re
 import socket
 import tomllib
 from pathlib import Path
@@ -15,15 +14,27 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from shared import choices
 from shared.compression import canonical, downlink_codec
 from shared.errors import SettingsError
 from shared.messages import ID
+from shared.rules import (
+    ADAPTIVE,
+    ADAPTIVE_LR,
+    AVERAGING,
+    COMBINERS,
+    GUARDS,
+    ROBUST,
+    RULE_TABLE,
+    RULES,
+    SERVER_OPTIMIZERS,
+    SLOTS,
+    STALENESS,
+    TRUSTED,
+)
 
 PREFIX = "FEDMQ_"
 OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD"}  # the worked tasks' data; the TOML file; compose
-
-_NUMBER = r" *[0-9]{1,9}(\.[0-9]{1,9})? *"
-STALENESS = re.compile(rf"constant|polynomial\({_NUMBER}\)|hinge\({_NUMBER},{_NUMBER}\)")  # aggregator/staleness.py
 
 
 def _identifier(value: str) -> str:
@@ -47,12 +58,33 @@ def _downlink(value: str) -> str:
     return value.strip() if codec is None or value.strip() == "on" else codec.name
 
 
+ADAPTIVE_NAMES = frozenset(ADAPTIVE)
 Identifier = Annotated[str, AfterValidator(_identifier)]
 
 
 def _default_client() -> str:
     name = "".join(c if c.isalnum() or c in "_-" else "-" for c in socket.gethostname())
     return name[:64] or "worker"
+
+
+def _chosen(table: choices.Table) -> AfterValidator:
+    """Check a setting of the form name(numbers); it is kept as it was written."""
+
+    def check(value: str) -> str:
+        choices.parse(value, table)
+        return value
+
+    return AfterValidator(check)
+
+
+def _chosen_pipeline(table: choices.Table) -> AfterValidator:
+    """Check settings of that form joined by |."""
+
+    def check(value: str) -> str:
+        choices.parse_pipeline(value, table)
+        return value
+
+    return AfterValidator(check)
 
 
 class Settings(BaseSettings):
@@ -95,13 +127,25 @@ class AggregatorSettings(Settings):
     commit_age_max_s: float = Field(30.0, gt=0, description="longest an accepted update waits to be durable, seconds")
     durable: bool = Field(True, description="refuse a Redis that may forget acknowledged writes")
     init_model: Path | None = Field(None, description="start the job from this safetensors file")
-    rule: Literal["fedbuff", "fedasync"] = Field("fedbuff", description="fedbuff or fedasync")
-    buffer_size: int = Field(10, ge=1, le=100_000, description="fedbuff: updates averaged into one version")
-    server_lr: float = Field(1.0, gt=0, allow_inf_nan=False, description="fedbuff: step along the averaged delta")
+    rule: Annotated[str, _chosen(RULE_TABLE)] = Field("fedbuff", description="how updates make versions; see Rules")
+    buffer_size: int = Field(10, ge=1, le=100_000, description="updates averaged into one version")
+    server_lr: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="step along the averaged delta; adaptive optimizers begin with 0.01"
+    )
+    server_optimizer: Annotated[str, _chosen(SERVER_OPTIMIZERS)] = Field(
+        "sgd", description="what steps along the averaged delta: sgd, momentum, adagrad, adam or yogi"
+    )
+    robust: Annotated[str, _chosen_pipeline(ROBUST)] = Field(
+        "", description="defences against bad updates, joined by |; see Rules"
+    )
+    trusted_client: str = Field("", description="zeno, aflguard: the worker that trains on the server's own data")
+    clients: int = Field(0, ge=0, le=1_000_000, description="number of workers, for rules that keep something of each")
     alpha: float = Field(0.6, gt=0, le=1, description="fedasync: weight of a fresh model")
-    staleness: str = Field("polynomial(0.5)", description="constant, polynomial(a) or hinge(a,b)")
+    staleness: Annotated[str, _chosen(STALENESS)] = Field(
+        "polynomial(0.5)", description="constant, polynomial(a) or hinge(a,b)"
+    )
     staleness_max: int = Field(100, ge=0, le=100_000, description="refuse updates staler than this, versions")
-    weight_by_samples: bool = Field(False, description="fedbuff: weigh each update by its num_samples")
+    weight_by_samples: bool = Field(False, description="weigh each update by its num_samples")
     codec: Annotated[str, AfterValidator(_codec)] = Field("int8 | zstd", description="how workers encode updates")
     update_bytes_max: int = Field(
         16 * 2**20, ge=1024, le=512 * 2**20, description="largest message; RabbitMQ 4 takes 16 MiB by default"
@@ -114,22 +158,27 @@ class AggregatorSettings(Settings):
     )
     versions_kept: int = Field(5, ge=1, description="newest model versions kept readable")
 
-    @field_validator("staleness")
+    @model_validator(mode="before")
     @classmethod
-    def _known_staleness(cls, value: str) -> str:
-        if not STALENESS.fullmatch(value):
-            raise ValueError("must be constant, polynomial(a) or hinge(a,b) with numbers >= 0")
-        return value
+    def _defaults_of_the_rule(cls, given: Any) -> Any:
+        """Fill in what another default suits better, depending on the rule and the optimizer."""
+        rule, optimizer = (str(given.get(key, "")).partition("(")[0].strip() for key in ("rule", "server_optimizer"))
+        defaults = {"server_lr": ADAPTIVE_LR} if ADAPTIVE_NAMES & {rule, optimizer} else {}
+        if rule == "fedavg":
+            defaults |= {"staleness_max": 0}
+        return defaults | dict(given)
 
     @model_validator(mode="after")
     def _not_contradictory(self) -> Self:
-        problems = []
-        own = {"fedbuff": ("buffer_size", "server_lr", "weight_by_samples"), "fedasync": ("alpha",)}
-        for rule, names in own.items():
-            given = [f"{PREFIX}{n.upper()}" for n in names if n in self.model_fields_set]
-            if rule != self.rule and given:
-                problems.append(f"{', '.join(given)} belongs to rule {rule}, but FEDMQ_RULE={self.rule}")
-        if self.rule == "fedasync" and (self.downlink != "off" or self.snapshots != "float32"):
+        rule = choices.parse(self.rule, RULE_TABLE).name
+        problems = [*_unused(self, rule), *_robust_problems(self, rule)]
+        if "clients" in RULES[rule].uses and rule != "rescaled" and not self.clients:
+            problems.append(f"FEDMQ_RULE={rule} keeps something of every worker: give their number, FEDMQ_CLIENTS")
+        if "clients" in RULES[rule].uses and 0 < self.clients < self.buffer_size and "buffer_size" in RULES[rule].uses:
+            problems.append(f"FEDMQ_BUFFER_SIZE={self.buffer_size} exceeds FEDMQ_CLIENTS={self.clients}")
+        if rule == "fedavg" and self.staleness_max:
+            problems.append(f"FEDMQ_STALENESS_MAX={self.staleness_max}: rule fedavg waits in rounds, leave it at 0")
+        if rule == "fedasync" and (self.downlink != "off" or self.snapshots != "float32"):
             problems.append(
                 f"FEDMQ_DOWNLINK={self.downlink} and FEDMQ_SNAPSHOTS={self.snapshots} do not go with rule fedasync: it "
                 "needs the very weights each worker started from, which are the stored versions only without them"
@@ -142,6 +191,63 @@ class AggregatorSettings(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+def _unused(settings: AggregatorSettings, rule: str) -> list[str]:
+    """Name the settings that were given and mean nothing to the rule."""
+    problems = []
+    optional = {name for spec in RULES.values() for name in spec.uses}
+    for name in sorted(optional - set(RULES[rule].uses)):
+        field = AggregatorSettings.model_fields[name]
+        if name in settings.model_fields_set and getattr(settings, name) != field.default:
+            takers = ", ".join(other for other, spec in RULES.items() if name in spec.uses)
+            problems.append(f"{PREFIX}{name.upper()} means nothing to rule {rule}; it belongs to {takers}")
+    return problems
+
+
+def _robust_problems(settings: AggregatorSettings, rule: str) -> list[str]:
+    """Say what of the defences does not go together, or not with the rule."""
+    stages = choices.parse_pipeline(settings.robust, ROBUST)
+    names = [stage.name for stage in stages]
+    problems = []
+    combiners = [name for name in names if name in COMBINERS]
+    order = [0 if name in GUARDS else 1 if name == "bucketing" else 2 for name in names]
+    if len(set(names)) < len(names) or len(combiners) > 1 or order != sorted(order):
+        problems.append(
+            f"FEDMQ_ROBUST={settings.robust}: guards come first ({', '.join(GUARDS)}), then bucketing, then one of "
+            f"{', '.join(COMBINERS)}, each at most once"
+        )
+    if "bucketing" in names and not combiners:
+        problems.append(f"FEDMQ_ROBUST: bucketing prepares for one of {', '.join(COMBINERS)}: add one behind it")
+    if (combiners or set(names) & set(SLOTS)) and rule not in AVERAGING:
+        problems.append(
+            f"FEDMQ_ROBUST={settings.robust} looks at a whole buffer; rule {rule} has none: "
+            f"choose one of {', '.join(AVERAGING)}"
+        )
+    trusting = [name for name in names if name in TRUSTED]
+    if bool(trusting) != bool(settings.trusted_client):
+        problems.append(
+            f"FEDMQ_TRUSTED_CLIENT={settings.trusted_client!r}: {' and '.join(TRUSTED)} compare with the updates of "
+            "one worker that trains on the server's own data; give both or neither"
+        )
+    bucket = next((int(stage["size"]) for stage in stages if stage.name == "bucketing"), 1)
+    rows = -(-settings.buffer_size // bucket)
+    for stage in stages:
+        if stage.name not in ("krum", "multi_krum"):
+            continue
+        attackers = int(stage["attackers"])
+        least = 2 * attackers + 3
+        if rows < least:
+            problems.append(
+                f"{stage.name} against {attackers} attackers needs at least 2 x {attackers} + 3 = {least} updates to "
+                f"choose from, there are {rows}: raise FEDMQ_BUFFER_SIZE to {least * bucket}"
+            )
+        elif stage.name == "multi_krum" and int(stage["chosen"]) > rows - attackers - 2:
+            problems.append(
+                f"multi_krum chooses at most {rows} - {attackers} - 2 = {rows - attackers - 2} updates, not "
+                f"{int(stage['chosen'])}"
+            )
+    return problems
 
 
 class WorkerSettings(Settings):

@@ -72,6 +72,9 @@ class Reason(StrEnum):
     CHECKSUM = "checksum"  # the payload's crc32 is not the one announced
     CODEC = "codec"  # an unknown codec, or a payload its decoder refuses
     NOT_FINITE = "not_finite"  # NaN, infinity, or values whose squared norm overflows float32
+    RULE = "rule"  # the aggregation rule cannot use it, e.g. several local steps where it takes one
+    SURPLUS = "surplus"  # its client has its share of the open buffer already
+    SUSPICIOUS = "suspicious"  # a defence took it for an attack
 
 
 DETAIL_CHARS_MAX = 500

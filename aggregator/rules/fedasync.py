@@ -1,11 +1,11 @@
 """FedAsync: every update moves the model towards the worker's own."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from aggregator.rules.rule import Arrival, Needs
 from aggregator.state import Contribution, State
-from shared.compression import Decoded
-from shared.messages import Update
-from shared.vector import Vector, mix
+from shared.vector import mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +27,18 @@ class FedAsync:
     alpha: float
     name: str = "fedasync"
     buffer_kind: str = "fedasync"
-    arrays: tuple[str, ...] = ()
-    needs_base: bool = True
+    sums: tuple[str, ...] = ()
+    arrays: Mapping[str, float] = field(default_factory=dict)
+    needs: Needs = Needs(base=True)
 
-    def fold(
-        self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
-    ) -> float:
+    def fold(self, state: State, arrival: Arrival) -> float:
         """Mix the worker's model in."""
-        if base is None:
-            raise ValueError(f"FedAsync needs the weights of version {update.base_version}")
-        alpha = self.alpha * weight
-        mix(state.weights, base, alpha)
-        delta.add_into(state.weights, alpha)
-        state.buffer.append(Contribution(update.update_id, staleness, alpha, 1.0))
+        if arrival.base is None:
+            raise ValueError(f"FedAsync needs the weights of version {arrival.update.base_version}")
+        alpha = self.alpha * arrival.weight
+        mix(state.weights, arrival.base, alpha)
+        arrival.delta.add_into(state.weights, alpha)
+        state.buffer.append(Contribution(arrival.update.update_id, arrival.staleness, alpha, 1.0))
         return alpha
 
     def advance(self, state: State) -> bool:

@@ -1,12 +1,11 @@
 """FedBuff: average K updates, then step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from aggregator.rules.rule import Arrival, Needs
 from aggregator.server_optimizer import sgd
 from aggregator.state import Contribution, State
-from shared.compression import Decoded
-from shared.messages import Update
-from shared.vector import Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +31,22 @@ class FedBuff:
     server_lr: float
     weight_by_samples: bool = False
     name: str = "fedbuff"
-    arrays: tuple[str, ...] = ("delta_sum",)
-    needs_base: bool = False
+    sums: tuple[str, ...] = ("delta_sum",)
+    arrays: Mapping[str, float] = field(default_factory=dict)
+    needs: Needs = Needs()
 
     @property
     def buffer_kind(self) -> str:
         """Sums with and without sample weights do not mix."""
         return "fedbuff by samples" if self.weight_by_samples else "fedbuff"
 
-    def fold(
-        self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
-    ) -> float:
+    def fold(self, state: State, arrival: Arrival) -> float:
         """Add the weighted delta to the running sum."""
-        mass = float(update.num_samples) if self.weight_by_samples else 1.0
-        delta.add_into(state.arrays["delta_sum"], weight * mass)
-        state.buffer.append(Contribution(update.update_id, staleness, weight * mass, mass))
-        return weight * mass
+        mass = float(arrival.update.num_samples) if self.weight_by_samples else 1.0
+        weight = arrival.weight * mass
+        arrival.delta.add_into(state.arrays["delta_sum"], weight)
+        state.buffer.append(Contribution(arrival.update.update_id, arrival.staleness, weight, mass))
+        return weight
 
     def advance(self, state: State) -> bool:
         """Step when K updates are buffered."""

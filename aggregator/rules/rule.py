@@ -1,5 +1,7 @@
 """What every aggregation rule does."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from aggregator.state import State
@@ -8,8 +10,40 @@ from shared.messages import Update
 from shared.vector import Vector
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One admitted update on its way into a rule.
+
+    Attributes:
+        update: the message, for its counts; its payload is that of `delta`.
+        delta: the update's delta, still compressed.
+        staleness: tau in versions, >= 0.
+        weight: s(tau), times what the guards leave of the update; finite, >= 0.
+        base: float32 [n], weights of `update.base_version`, where the rule needs the base.
+    """
+
+    update: Update
+    delta: Decoded
+    staleness: int
+    weight: float
+    base: Vector | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a rule asks of the aggregator.
+
+    Attributes:
+        base: `fold` wants the weights the worker started from, so the store keeps them.
+        start: workers begin from version 0, so the store keeps it.
+    """
+
+    base: bool = False
+    start: bool = False
+
+
 class Rule(Protocol):
-    """Pure arithmetic: no clock, no I/O; only the vectors of the state are changed in place."""
+    """Pure arithmetic: no clock, no I/O but reading `State.kept`; only the state is changed, in place."""
 
     @property
     def name(self) -> str:
@@ -20,28 +54,29 @@ class Rule(Protocol):
         """What its open buffer is a sum of: one of another kind must not be continued."""
 
     @property
-    def arrays(self) -> tuple[str, ...]:
-        """Model-size vectors it keeps in `State.arrays`, zero at first."""
+    def sums(self) -> tuple[str, ...]:
+        """Model-size vectors of `State.arrays` that are zero while the buffer is empty."""
 
     @property
-    def needs_base(self) -> bool:
-        """Whether `fold` wants the weights the worker started from."""
+    def arrays(self) -> Mapping[str, float]:
+        """Model-size vectors of `State.arrays` that last, and what they are filled with at first."""
 
-    def fold(
-        self, state: State, update: Update, delta: Decoded, staleness: int, weight: float, base: Vector | None
-    ) -> float:
+    @property
+    def needs(self) -> Needs:
+        """What it asks of the aggregator."""
+
+    def fold(self, state: State, arrival: Arrival) -> float:
         """Take one update in, in place.
 
         Args:
             state: changed in place; its version is not yet moved.
-            update: the message, for its counts.
-            delta: the update's delta, still compressed.
-            staleness: tau in versions, >= 0.
-            weight: s(tau) in (0, 1].
-            base: float32 [n], weights of `update.base_version`, where `needs_base`.
+            arrival: the update.
 
         Returns:
             The factor the delta was given, for the ledger.
+
+        Raises:
+            RejectedUpdate: this rule cannot use it; then nothing was changed.
         """
 
     def advance(self, state: State) -> bool:

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from shared.errors import Reason, RejectedUpdate, VersionConflict, VersionGone
@@ -16,9 +16,13 @@ from shared.vector import Vector
 
 
 class InProcessStore:
-    """One job. Thread-safe; keeps copies, so that nobody changes a version in place."""
+    """One job. Thread-safe; keeps copies, so that nobody changes a version in place.
 
-    def __init__(self) -> None:
+    Args:
+        kept: where the rule's records go, when memory is not the place.
+    """
+
+    def __init__(self, kept: MutableMapping[str, bytes] | None = None) -> None:
         self._lock = threading.Lock()
         self._head: Head | None = None
         self._token = ""
@@ -30,6 +34,7 @@ class InProcessStore:
         self._job = "{}"
         self._snapshots: dict[int, tuple[SnapshotEntry, bytes]] = {}
         self._deltas: dict[int, tuple[DeltaEntry, bytes]] = {}
+        self._kept: MutableMapping[str, bytes] = {} if kept is None else kept
         self._outcomes: dict[str, deque[tuple[int, list[tuple[str, str]]]]] = {}
         self.ledger: list[dict[str, Any]] = []
         self.clients: dict[str, dict[str, Any]] = {}
@@ -123,6 +128,11 @@ class InProcessStore:
             data = self._models[head.version]
         return Stored(head, ModelImage.from_chunks(self.layout(), [data]), arrays, state, applied, versions)
 
+    def kept(self, name: str) -> bytes | None:
+        """Return a record of the rule."""
+        with self._lock:
+            return self._kept.get(name)
+
     def commit(self, commit: Commit) -> None:
         """Move to the next revision."""
         with self._lock:
@@ -140,6 +150,11 @@ class InProcessStore:
                 self._publish(commit.publication)
             self._arrays = {name: array.copy() for name, array in commit.arrays.items()}
             self._state = commit.state
+            for name, record in commit.kept.items():
+                if record is None:
+                    self._kept.pop(name, None)
+                else:
+                    self._kept[name] = record
             self._applied.update(commit.applied)
             self._applied = {k: base for k, base in self._applied.items() if base >= commit.applied_floor}
             updates = json.loads(commit.ledger)

@@ -64,6 +64,7 @@ class Commit:
         now: unix seconds.
         outcomes: client id -> (update_id, outcome) of its updates that this commit settles, in order.
         publication: what it publishes for workers; counts only with a model.
+        kept: name -> record of the rule that changes, None where it goes; others stay.
     """
 
     expected_revision: int
@@ -81,6 +82,7 @@ class Commit:
     now: float
     outcomes: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     publication: Publication = NOTHING
+    kept: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,9 @@ class StateStore(WorkerStore, Protocol):
 
     def load(self) -> Stored | None:
         """Return the state of the newest revision, None while the job has no version."""
+
+    def kept(self, name: str) -> bytes | None:
+        """Return a record of the rule as the newest commit left it, None when there is none of that name."""
 
     def commit(self, commit: Commit) -> None:
         """Move to the next revision, all or nothing, and return when that is durable.

@@ -21,6 +21,7 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:evaluations        stream  * one entry an evaluation: version, metrics (JSON)
     fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
     fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
+    fedmq:{<job>}:kept:<name>        string  * a record of the rule: a client's last delta, an update of the open buffer
     fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
 """
 
@@ -227,6 +228,12 @@ class RedisStore:
                     f"the stored state of revision {head.revision} is incomplete or damaged; restore the job from a "
                     f"backup, or delete the keys {self._prefix}* to begin anew"
                 )
+
+    def kept(self, name: str) -> bytes | None:
+        """Return a record of the rule."""
+        with translated(self.url):
+            record = self._redis.get(self._key(f"kept:{name}"))
+        return None if record is None else bytes(record)
 
     def commit(self, commit: Commit) -> None:
         """Stage the large pieces, then compare-and-set."""
