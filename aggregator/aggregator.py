@@ -16,8 +16,9 @@ from typing import Any
 
 from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit
+from aggregator.arrival import Arrival
 from aggregator.downlink import Downlink
-from aggregator.rules import Arrival, rule_of
+from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
 from shared.choices import parse

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.rules.rule import Arrival
+from aggregator.arrival import Arrival
 from aggregator.state import State
 from shared.vector import Vector
 

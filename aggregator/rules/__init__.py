@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from aggregator.rules.fedasync import FedAsync
 from aggregator.rules.fedbuff import FedBuff
-from aggregator.rules.rule import Arrival, Rule
+from aggregator.rules.rule import Rule
 from shared.choices import Choice, parse
 from shared.config import AggregatorSettings
 from shared.rules import RULE_TABLE
@@ -21,4 +21,4 @@ def rule_of(settings: AggregatorSettings) -> Rule:
     return RULES[choice.name](settings, choice)
 
 
-__all__ = ["RULES", "Arrival", "FedAsync", "FedBuff", "Rule", "rule_of"]
+__all__ = ["RULES", "FedAsync", "FedBuff", "Rule", "rule_of"]

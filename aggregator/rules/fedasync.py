@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aggregator.rules.rule import Arrival, Needs
+from aggregator.arrival import Arrival
+from aggregator.rules.rule import Needs
 from aggregator.state import Contribution, State
 from shared.vector import mix
 

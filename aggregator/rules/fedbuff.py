@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from aggregator.rules.rule import Arrival, Needs
+from aggregator.arrival import Arrival
+from aggregator.rules.rule import Needs
 from aggregator.server_optimizer import sgd
 from aggregator.state import Contribution, State
 
