@@ -25,6 +25,7 @@ from shared.transport.inprocess import InProcessBroker
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.task import Context, Task, read, write
+from worker.training import Trainer
 from worker.worker import Worker
 
 TRIP_SPREAD = 0.3  # standard deviation of a trip's duration around the worker's own, relative
@@ -142,5 +143,5 @@ class Embedded:
             settings.job, settings.client_id, outbox, self.broker.sink(), self.clock, metrics,
             settings.confirm_timeout_s,
         )  # fmt: skip
-        worker = Worker(settings, self._task, self.store, outbox, publisher, self.clock, metrics)
+        worker = Worker(settings, Trainer(self._task), self.store, outbox, publisher, self.clock, metrics)
         return _Device(worker, publisher, metrics, mean_trip_s)

@@ -26,6 +26,7 @@ from shared.vector import Vector
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.task import Task, TrainResult
+from worker.training import Trainer
 from worker.worker import Worker
 
 JOB = "job"
@@ -210,7 +211,7 @@ def device_of(
         settings.job, settings.client_id, outbox, sink or system.broker.sink(), system.clock, metrics, 1.0
     )  # fmt: skip
     task = Task("test", SimpleNamespace(build=build, train=train))
-    worker = Worker(settings, task, store or system.store, outbox, publisher, system.clock, metrics)
+    worker = Worker(settings, Trainer(task), store or system.store, outbox, publisher, system.clock, metrics)
     return Device(worker, publisher, outbox, metrics)
 
 

@@ -14,6 +14,7 @@ from shared.transport.rabbitmq import RabbitSink
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.task import Task
+from worker.training import Trainer
 from worker.worker import Worker
 
 log = logging.getLogger("fedmq.worker")
@@ -42,7 +43,7 @@ def run(settings: WorkerSettings) -> None:
         publisher = Publisher(
             settings.job, settings.client_id, outbox, sink, clock, metrics, settings.confirm_timeout_s
         )  # fmt: skip
-        worker = Worker(settings, task, store, outbox, publisher, clock, metrics)
+        worker = Worker(settings, Trainer(task), store, outbox, publisher, clock, metrics)
         worker.stop = stop
         log.info(
             "worker %s of job %s, task %s, %d updates waiting", settings.client_id, settings.job, task.name, len(outbox)

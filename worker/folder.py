@@ -4,15 +4,40 @@ import contextlib
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from shared.errors import SettingsError
 
 TEMPORARY = ".new"
 
 
+class Files(Protocol):
+    """What a worker needs of its folder; the simulator keeps those of thousands of workers otherwise."""
+
+    def names(self) -> list[str]:
+        """Return the names of all files."""
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes; raises `OSError` when it is not there."""
+
+    def read(self, name: str) -> bytes:
+        """Return a file; raises `OSError` when it is not there."""
+
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Replace a file as a whole, made of the parts; durable on return."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file; one that is not there stays away. A power cut may undo it until the next `write`."""
+
+    def remove(self, *names: str, durable: bool = False) -> None:
+        """Remove files; those that are not there are no matter. `durable`: a power cut must not bring them back."""
+
+    def close(self) -> None:
+        """Let another process have it."""
+
+
 class Folder:
-    """The files of one worker. Thread-safe: no two threads write a file of the same name.
+    """The files of one worker on disk. Thread-safe: no two threads write a file of the same name.
 
     Args:
         path: where it lives; made when missing.
@@ -29,6 +54,18 @@ class Folder:
         self._lock = self._take_lock()
         for leftover in path.glob(f"*{TEMPORARY}"):
             leftover.unlink()
+
+    def names(self) -> list[str]:
+        """Return the names of all files."""
+        return os.listdir(self.path)  # noqa: PTH208 - only the names
+
+    def size(self, name: str) -> int:
+        """Return the size of a file."""
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """Return a file."""
+        return (self.path / name).read_bytes()
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Write a file under another name, then put it in the place of the one that was there; durable on return."""

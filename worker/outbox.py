@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import SettingsError
-from worker.folder import Folder
+from worker.folder import Files, Folder
 
 STATE = "outbox.json"
 UPDATE, STAGED, KEPT, SENT = ".update", ".staged", ".kept.update", ".sent"
@@ -30,18 +30,19 @@ class Waiting:
     """An unconfirmed update."""
 
     update_id: str
-    path: Path
+    name: str
+    folder: Files
 
     def body(self) -> bytes:
         """Read the encoded update."""
-        return self.path.read_bytes()
+        return self.folder.read(self.name)
 
 
 class Outbox:
     """The unconfirmed and the unsettled updates of one worker. Used by one training and one publishing thread.
 
     Args:
-        folder: where it lives; made when missing.
+        folder: where it lives; made when it is a path and missing.
         client: the worker's id.
         updates_max: it is full with so many that wait; beyond so many sent ones the oldest is not kept any longer.
         bytes_max: the same in bytes.
@@ -51,19 +52,20 @@ class Outbox:
         SettingsError: the folder cannot be used, or another worker does.
     """
 
-    def __init__(self, folder: Path, client: str, updates_max: int, bytes_max: int, sync: bool = True) -> None:
+    def __init__(self, folder: Path | Files, client: str, updates_max: int, bytes_max: int, sync: bool = True) -> None:
         self.client = client
         self._updates_max, self._bytes_max = updates_max, bytes_max
         try:
-            self.folder = Folder(folder, sync)
-            state = folder / STATE
-            known = json.loads(state.read_text()) if state.exists() else {}
+            self.folder: Files = Folder(folder, sync) if isinstance(folder, Path) else folder
+            names = self.folder.names()
+            known = json.loads(self.folder.read(STATE)) if STATE in names else {}
             self.incarnation: str = known.get("incarnation") or uuid.uuid4().hex[:12]
-            found = [_sequence(path) + 1 for path in folder.glob("[0-9]*.*")]
-            self.next_sequence = max([int(known.get("next_sequence", 0)), *found])
+            numbered = [name for name in names if name[0].isdigit()]
+            self.next_sequence = max([int(known.get("next_sequence", 0)), *(_sequence(name) + 1 for name in numbered)])
             self._write_state()
-            self._waiting = {_sequence(p): (p.name, p.stat().st_size) for p in folder.glob(f"[0-9]*{UPDATE}")}
-            self._sent = {_sequence(p): p.stat().st_size for p in folder.glob(f"[0-9]*{SENT}")}
+            sizes = {name: self.folder.size(name) for name in numbered if name.endswith((UPDATE, SENT))}
+            self._waiting = {_sequence(name): (name, size) for name, size in sizes.items() if name.endswith(UPDATE)}
+            self._sent = {_sequence(name): size for name, size in sizes.items() if name.endswith(SENT)}
         except (OSError, ValueError, TypeError, AttributeError) as error:  # also an outbox.json of another shape
             raise SettingsError(f"the outbox {folder} cannot be used: {error}") from error
         self._guard = threading.Lock()  # of both: the publishing thread confirms, the training thread does the rest
@@ -83,7 +85,7 @@ class Outbox:
     def release(self, sequence: int) -> None:
         """Let a staged update be published, and keep it until its outcome is known."""
         self.folder.rename(_name(sequence, STAGED), _name(sequence, KEPT))
-        self._wait(sequence, KEPT, self._path(sequence, KEPT).stat().st_size)
+        self._wait(sequence, KEPT, self.folder.size(_name(sequence, KEPT)))
 
     def recover(self, made: int | None, returned: Collection[int]) -> None:
         """Bring the files in line with the residual on disk, after a crash between the two.
@@ -93,11 +95,11 @@ class Outbox:
                 one never happened. None when the residual is lost: then what a staged one holds is better sent.
             returned: sent updates whose mass the residual holds again.
         """
-        for path in sorted(self.folder.path.glob(f"[0-9]*{STAGED}")):
-            if made is None or _sequence(path) <= made:
-                self.release(_sequence(path))
+        for name in sorted(name for name in self.folder.names() if name.endswith(STAGED)):
+            if made is None or _sequence(name) <= made:
+                self.release(_sequence(name))
             else:
-                self.folder.remove(path.name)
+                self.folder.remove(name)
         self.forget(returned, durable=True)
         self.next_sequence = max(self.next_sequence, (-1 if made is None else made) + 1)
 
@@ -107,23 +109,23 @@ class Outbox:
             sequence = min(self._waiting, default=None)
             if sequence is None:
                 return None
-            return Waiting(self._id(sequence), self.folder.path / self._waiting[sequence][0])
+            return Waiting(self._id(sequence), self._waiting[sequence][0], self.folder)
 
     def confirm(self, waiting: Waiting) -> None:
         """Note that the broker has an update: it goes, or is kept until its outcome is known."""
-        if not waiting.path.name.endswith(KEPT):
+        if not waiting.name.endswith(KEPT):
             self.remove(waiting)
             return
-        sequence = _sequence(waiting.path)
-        self.folder.rename(waiting.path.name, _name(sequence, SENT))
+        sequence = _sequence(waiting.name)
+        self.folder.rename(waiting.name, _name(sequence, SENT))
         with self._guard:
             self._sent[sequence] = self._waiting.pop(sequence, ("", 0))[1]
 
     def remove(self, waiting: Waiting) -> None:
         """Forget an update that waits. A power cut may bring it back: then the server drops it as a duplicate."""
-        self.folder.remove(waiting.path.name)
+        self.folder.remove(waiting.name)
         with self._guard:
-            self._waiting.pop(_sequence(waiting.path), None)
+            self._waiting.pop(_sequence(waiting.name), None)
 
     def unsettled(self) -> dict[str, int]:
         """Return update_id -> sequence of the updates whose outcome matters, confirmed or not."""
@@ -138,7 +140,7 @@ class Outbox:
 
     def sent_body(self, sequence: int) -> bytes:
         """Read a sent update."""
-        return self._path(sequence, SENT).read_bytes()
+        return self.folder.read(_name(sequence, SENT))
 
     def surplus(self, settled: Collection[int]) -> list[int]:
         """Return the oldest sent updates beyond the limits, not counting the `settled` ones."""
@@ -189,9 +191,6 @@ class Outbox:
     def _id(self, sequence: int) -> str:
         return f"{self.client}/{self.incarnation}/{sequence}"
 
-    def _path(self, sequence: int, suffix: str) -> Path:
-        return self.folder.path / _name(sequence, suffix)
-
     def _write_state(self) -> None:
         state = {"incarnation": self.incarnation, "next_sequence": self.next_sequence}
         self.folder.write(STATE, json.dumps(state).encode())
@@ -201,5 +200,5 @@ def _name(sequence: int, suffix: str) -> str:
     return f"{sequence:012d}{suffix}"
 
 
-def _sequence(path: Path) -> int:
-    return int(path.name.split(".")[0])
+def _sequence(name: str) -> int:
+    return int(name.split(".", maxsplit=1)[0])

@@ -26,11 +26,15 @@ sent again, is as old as if it had stayed. Only the last flight of a refused upd
 delta that was refused once comes back whole, however late. If all updates are refused, each a share x <= 1 of a
 horizon after the one before, the next is as large as 1 / (1 - f) deltas at most, f = 2^(1 - x - f): 25 for x = 1/10.
 
+With rule area the same file holds a memory, y_mem with its sign turned: what the server has of this worker. An update
+is C(y - y_mem), y the trained weights; a refused one comes back by the same addition, and nothing fades.
+
 Source: Seide et al., Interspeech 2014; Karimireddy et al., arXiv:1901.09847, algorithm 2 (EF-SGD).
 """
 
 import logging
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -44,11 +48,12 @@ from shared.store.ports import WorkerStore
 from shared.vector import NORM_MAX, Vector, add_scaled, squared_norm
 from worker import residual_file
 from worker.outbox import Outbox
-from worker.residual_file import MEANS_MAX, Header
+from worker.residual_file import MEANS_MAX, MEMORY, RESIDUAL, Header
 
 log = logging.getLogger("fedmq.worker")
 
 REFUSED = ("stale", "rejected")
+KEPT_FOR_EVER = 1 << 60  # a horizon: a memory does not fade
 HORIZONS = 10  # a residual stays whole for so many times the job's staleness_max
 
 
@@ -106,6 +111,7 @@ class Residual:
         self._cursor = 0  # of the store's outcomes
         self._said: set[str] = set()
         self._vector: Vector | None = None  # None is zero
+        self._kind = RESIDUAL
         self._layout, self._mean = "", 0.0  # what it is of, and the mean version of what is in it
         self._means: dict[int, float] = {}  # the same of the updates kept, by number
         self._newest = (0, 0)  # version and revision seen
@@ -115,47 +121,89 @@ class Residual:
         self._dirty = False  # between encode and put: memory is ahead of the file
         self._open()
 
+    def prepare(
+        self,
+        layout: Layout,
+        version: int,
+        revision: int | None,
+        horizon: int,
+        start: Callable[[], Vector] | None = None,
+    ) -> None:
+        """Bring the residual up to date before a training: settle what was sent, let old mass fade.
+
+        Args:
+            layout: the model's.
+            version: the model version now.
+            revision: of the head it was pulled with; None when the store was away.
+            horizon: age in versions from which a residual decays (`decay`).
+            start: for rule area: gives the weights all memories start from. None: error feedback.
+
+        Raises:
+            StoreUnavailable: there is no memory yet and `start` cannot be read.
+        """
+        if self._dirty:
+            self._open()
+        self._dirty = True  # until put
+        self._carries = self._vector is not None  # then the file must not keep it
+        self._carries |= self._began_anew(version, revision)
+        self._fit(layout, RESIDUAL if start is None else MEMORY)
+        if start is not None and self._vector is None:
+            self._vector = -start()
+        self._age(version, horizon)
+        self._settle(layout, version, horizon)
+
     def encode(
-        self, codec: Codec, delta: Vector, layout: Layout, version: int, revision: int | None, horizon: int,
-        rng: np.random.Generator,
+        self, codec: Codec, delta: Vector, layout: Layout, version: int, rng: np.random.Generator
     ) -> Encoded:  # fmt: skip
-        """Encode a delta together with the residual; `put` must follow.
+        """Encode what was trained after `prepare`, together with the residual; `put` must follow.
 
         With a codec without feedback the residual goes along as a whole and is zero after.
 
         Args:
             codec: the job's.
-            delta: float32 [n], finite; changed in place.
+            delta: float32 [n], finite; changed in place. With a memory (rule area): the weights after training.
             layout: the model's.
-            version: the model version now.
-            revision: of the head it was pulled with; None when the store was away.
-            horizon: age in versions from which a residual decays (`decay`).
+            version: the training started from.
             rng: of the codec.
 
         Raises:
             TaskError: a codec with feedback cannot hold a delta this large; the residual stays as it was.
         """
-        if self._dirty:
-            self._open()
-        self._dirty = True  # until put
-        held = self._vector is not None  # then the file must not keep it
-        anew = self._began_anew(version, revision)
-        self._fit(layout)
-        self._age(version, horizon)
-        self._settle(layout, version, horizon)
         self._mean = mean_version(self._bound(), self._mean, _norm(delta), version)
-        self._carries = codec.feedback or held or anew or self._vector is not None or bool(self._returned)
-        if codec.feedback:
-            if self._vector is None:
-                self._vector = np.zeros(layout.num_params, np.float32)
-            try:
+        self._carries |= codec.feedback or self._vector is not None or bool(self._returned)
+        try:
+            if self._kind == MEMORY and self._vector is not None:
+                return self._encode_against_memory(codec, delta, self._vector, layout, rng)
+            if codec.feedback:
+                if self._vector is None:
+                    self._vector = np.zeros(layout.num_params, np.float32)
                 return encode_with_feedback(codec, delta, self._vector, layout, rng)
-            except RejectedUpdate as error:  # as the server would: the residual is bounded, so it is the delta
-                raise TaskError(f"the update is not sent, its delta is too large: {error}") from error
+        except RejectedUpdate as error:  # as the server would: the residual is bounded, so it is the delta
+            raise TaskError(f"the update is not sent, its delta is too large: {error}") from error
         if self._vector is not None:
             add_scaled(delta, self._vector, 1.0)
             self._vector = None
         return codec.encode(delta, layout, rng)
+
+    def _encode_against_memory(
+        self, codec: Codec, trained: Vector, negative: Vector, layout: Layout, rng: np.random.Generator
+    ) -> Encoded:  # fmt: skip
+        """Encode y - y_mem and remember what the server gets of it: y_mem <- y_mem + C(y - y_mem).
+
+        Args:
+            codec: the job's.
+            trained: float32 [n], y; changed in place.
+            negative: float32 [n], -y_mem; changed in place, so that refused mass comes back as it does in a residual.
+            layout: the model's.
+            rng: of the codec.
+
+        Source: AREA, arXiv:2405.10123, algorithm 1, with the compressed difference in the memory's place.
+        """
+        add_scaled(trained, negative, 1.0)
+        encoded = codec.encode(trained, layout, rng)
+        sent = decode({"name": codec.name, **encoded.params}, encoded.payload, layout)
+        sent.add_into(negative, -1.0)
+        return encoded
 
     def put(self, body: bytes) -> None:
         """Put the update that `encode` began into the outbox: from here on it happened."""
@@ -167,6 +215,7 @@ class Residual:
             header = Header(
                 self._layout, size, self._mean, sequence, self._returned,
                 means=self._means, newest_version=self._newest[0], newest_revision=self._newest[1], first=self._first,
+                kind=self._kind,
             )  # fmt: skip
             residual_file.write(self._outbox.folder, header, self._vector)
             self._outbox.release(sequence)
@@ -181,15 +230,16 @@ class Residual:
     def _open(self) -> None:
         """Start from what is on disk, and finish what a crash interrupted."""
         self._dirty, self._returned, self._vector = False, [], None
-        path = self._outbox.folder.path / residual_file.NAME
         made: int | None
         try:
-            header, self._vector = residual_file.read(path)
+            header, self._vector = residual_file.read(self._outbox.folder)
             made = header.made
         except (OSError, ValueError) as error:
             header, made = Header(), None
-            log.warning("the residual %s is damaged (%s): what it held is lost; starting from zero", path, error)
+            client = self._outbox.client
+            log.warning("the residual of %s is damaged (%s): what it held is lost; starting from zero", client, error)
         self._layout, self._mean, self._means = header.layout, header.version, header.means
+        self._kind = header.kind
         self._newest, self._first = (header.newest_version, header.newest_revision), header.first
         self._outbox.recover(made, header.returned)
         self._metrics.residual_norm.set(_norm(self._vector))
@@ -210,8 +260,12 @@ class Residual:
         self._vector, self._outcomes, self._first = None, {}, self._outbox.next_sequence
         return True
 
-    def _fit(self, layout: Layout) -> None:
-        """Drop a residual of another model."""
+    def _fit(self, layout: Layout, kind: str) -> None:
+        """Drop a residual of another model, or of a rule that means something else by it."""
+        if self._vector is not None and self._kind != kind:
+            log.warning("the job's rule changed: what is kept is a %s, not a %s, and begins anew", self._kind, kind)
+            self._vector = None
+        self._kind = kind
         if self._vector is not None and self._layout != layout.hash:
             log.warning(
                 "the residual is of another model (layout %s, the job's is %s): its norm of %.4g is lost",

@@ -13,18 +13,17 @@ comes back from a refused update shares the write of the next one, and a zero re
 
 import json
 import math
-import os
 import zlib
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from shared.layout import NUM_PARAMS_MAX
 from shared.vector import Vector
-from worker.folder import Folder
+from worker.folder import Files
 
 NAME = "residual"
+RESIDUAL, MEMORY = "residual", "memory"
 MAGIC = "fedmq-residual 1"
 LINE_BYTES_MAX = 1 << 20  # the header with the numbers of a full outbox takes a hundredth of it
 MEANS_MAX = 10_000  # newest updates of which it holds the mean version, a third of the line
@@ -44,6 +43,7 @@ class Header:
         newest_version: of the model, that was seen.
         newest_revision: of the job, that was seen; a lower one means that the job began anew.
         first: number of the first update of this run of the job; those before never come back.
+        kind: what its array is: a residual, or (rule area) a memory with its sign turned.
     """
 
     layout: str = ""
@@ -55,9 +55,10 @@ class Header:
     newest_version: int = 0
     newest_revision: int = 0
     first: int = 0
+    kind: str = RESIDUAL
 
 
-def write(folder: Folder, header: Header, vector: Vector | None) -> None:
+def write(folder: Files, header: Header, vector: Vector | None) -> None:
     """Replace the residual; it is durable on return.
 
     Args:
@@ -70,7 +71,7 @@ def write(folder: Folder, header: Header, vector: Vector | None) -> None:
     folder.write(NAME, f"{MAGIC} {zlib.crc32(array, zlib.crc32(line)):08x}\n".encode(), line, array)
 
 
-def read(path: Path) -> tuple[Header, Vector | None]:
+def read(folder: Files) -> tuple[Header, Vector | None]:
     """Read a residual.
 
     Returns:
@@ -80,19 +81,26 @@ def read(path: Path) -> tuple[Header, Vector | None]:
         ValueError: it is damaged; the message says how.
         OSError: it cannot be read.
     """
-    if not path.exists():
-        return Header(), None
-    with path.open("rb") as file:
-        first, line = file.readline(LINE_BYTES_MAX), file.readline(LINE_BYTES_MAX)
-        header = _header(line)
-        left = os.fstat(file.fileno()).st_size - len(first) - len(line)
-        if left != 4 * header.num_params:
-            raise ValueError(f"{left} bytes of array instead of {4 * header.num_params}")
-        vector = np.fromfile(file, "<f4").astype(np.float32, copy=False) if header.num_params else None
-    crc = zlib.crc32(_bytes(vector), zlib.crc32(line))
+    return parse(folder.read(NAME)) if NAME in folder.names() else (Header(), None)
+
+
+def parse(file: bytes) -> tuple[Header, Vector | None]:
+    """Return what a residual's file says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    first = file[: file.find(b"\n", 0, LINE_BYTES_MAX) + 1]
+    line = file[len(first) : file.find(b"\n", len(first), len(first) + LINE_BYTES_MAX) + 1]
+    header = _header(line)
+    left = len(file) - len(first) - len(line)
+    if left != 4 * header.num_params:
+        raise ValueError(f"{left} bytes of array instead of {4 * header.num_params}")
+    crc = zlib.crc32(memoryview(file)[len(first) :])
     if first != f"{MAGIC} {crc:08x}\n".encode():
         raise ValueError(f"its first line is {first[:60]!r}, its checksum {crc:08x}")
-    return header, vector
+    array = np.frombuffer(file, "<f4", offset=len(first) + len(line))
+    return header, array.astype(np.float32) if header.num_params else None  # a copy: it changes in place
 
 
 def _bytes(vector: Vector | None) -> memoryview:
@@ -106,7 +114,7 @@ def _header(line: bytes) -> Header:
         whole = [header.made, header.newest_version, header.newest_revision, header.first, *header.returned]
         fits = 0 <= header.num_params <= NUM_PARAMS_MAX and all(isinstance(number, int) for number in whole)
         finite = all(math.isfinite(mean) for mean in (header.version, *header.means.values()))
-        if not fits or not finite or not isinstance(header.layout, str):
+        if not fits or not finite or not isinstance(header.layout, str) or header.kind not in (RESIDUAL, MEMORY):
             raise ValueError("a value out of range")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"its header cannot be read: {error}") from error

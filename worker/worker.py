@@ -4,11 +4,9 @@ pull -> train -> delta -> + residual -> compress -> encode -> outbox        (pub
 """
 
 import logging
-import math
-import operator
 import threading
-import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,26 +15,19 @@ from shared.clock import Clock
 from shared.compression import AUTO, Codec, parse
 from shared.config import WorkerSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
-from shared.layout import difference
-from shared.messages import (
-    ENVELOPE_BYTES_MAX,
-    METRICS_MAX,
-    NAME_CHARS_MAX,
-    NUM_SAMPLES_MAX,
-    NUM_STEPS_MAX,
-    Update,
-    encode,
-)
+from shared.layout import Layout, difference
+from shared.messages import ENVELOPE_BYTES_MAX, Update, encode
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import WorkerStore
-from shared.vector import NORM_MAX, Vector, squared_norm
+from shared.vector import Vector
 from worker.auto import CHOICES, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.replica import Replica
-from worker.residual import HORIZONS, Residual
-from worker.task import Context, Model, Task, TrainResult, read, write
+from worker.residual import HORIZONS, KEPT_FOR_EVER, Residual
+from worker.task import Context
+from worker.training import Trained, Trainer, Training
 
 log = logging.getLogger("fedmq.worker")
 
@@ -49,27 +40,27 @@ class Worker:
 
     Args:
         settings: checked settings.
-        task: what to train.
+        trainer: the task and its model.
         store: where models are pulled from.
         outbox: where finished updates wait.
         publisher: who gets them out of there.
         clock: time.
         metrics: what it counts.
+        replica: how it pulls; its own when None.
     """
 
     def __init__(
-        self, settings: WorkerSettings, task: Task, store: WorkerStore, outbox: Outbox, publisher: Publisher,
-        clock: Clock, metrics: WorkerMetrics,
+        self, settings: WorkerSettings, trainer: Trainer, store: WorkerStore, outbox: Outbox, publisher: Publisher,
+        clock: Clock, metrics: WorkerMetrics, replica: Replica | None = None,
     ) -> None:  # fmt: skip
         self.settings, self.stop = settings, threading.Event()
         self.updates_made = 0
-        self._task, self._store, self._outbox, self._publisher = task, store, outbox, publisher
+        self._trainer, self._store, self._outbox, self._publisher = trainer, store, outbox, publisher
         self._clock, self._metrics = clock, metrics
         self._auto = AutoCodec()
         self._residual = Residual(outbox, store, metrics)
-        self._model: Model = None
-        self._own: ModelImage | None = None  # this task's own model, for its layout
-        self._replica = Replica(store, metrics)  # what the model is loaded from
+        self._replica = replica or Replica(store, metrics)  # the weights to train from
+        self._trained = -1  # version of the last update
         self._revision: int | None = None  # of the head last pulled; None while the store is away
         self._job: dict[str, Any] = {}
         self._said: str | None = None
@@ -82,35 +73,59 @@ class Worker:
             TaskError: the training raised or gave nothing to send.
             SettingsError: this worker cannot serve the job at all; the message says why.
         """
-        if not self._pull():
+        training = self.begin()
+        if training is None:
             return False
-        context = self._context()
-        started = time.perf_counter()
-        result, delta = self._train(context)
-        train_seconds = time.perf_counter() - started
-        self._metrics.train.observe(train_seconds)
-        codec = self._codec(delta, train_seconds, context.seed)
-        horizon, rng = HORIZONS * int(self._job["staleness_max"]), np.random.default_rng(context.seed)
-        encoded = self._residual.encode(codec, delta, self._image.layout, self._version, self._revision, horizon, rng)
+        self.finish(training, self._trainer.train(training), self._clock.now)
+        return True
+
+    def begin(self) -> Training | None:
+        """Pull the newest weights and say what to train; None while there is nothing to.
+
+        Raises:
+            StoreUnavailable, SettingsError: as of `step`.
+        """
+        if not self._pull() or self._waits_for_the_round():
+            return None
+        assert self._base is not None, "pulled"  # noqa: S101
+        horizon = KEPT_FOR_EVER if self._area else HORIZONS * int(self._job["staleness_max"])
+        start = self._start if self._area else None
+        self._residual.prepare(self._layout, self._version, self._revision, horizon, start)
+        return Training(self._context(), self._base)
+
+    def finish(self, training: Training, trained: Trained, now: Callable[[], float]) -> None:
+        """Compress and encode what was trained, and put the update into the outbox.
+
+        Args:
+            training: what `begin` returned last.
+            trained: what came of it; its delta is changed.
+            now: the time it was finished.
+        """
+        self._metrics.train.observe(trained.seconds)
+        version, delta, seed = training.context.version, trained.delta, training.context.seed
+        codec = self._codec(delta, trained.seconds, seed)
+        if self._area:
+            delta += training.base.weights
+        encoded = self._residual.encode(codec, delta, self._layout, version, np.random.default_rng(seed))
         update = Update(
             job=self.settings.job,
             client=self.settings.client_id,
             update_id=self._outbox.next_id(),
-            base_version=self._version,
-            num_samples=result.num_samples,
-            num_steps=result.num_steps,
-            layout=self._image.layout.hash,
+            base_version=version,
+            num_samples=trained.result.num_samples,
+            num_steps=trained.result.num_steps,
+            layout=self._layout.hash,
             codec={"name": codec.name, **encoded.params},
             payload=encoded.payload,
-            metrics=dict(result.metrics),
-            train_seconds=train_seconds,
-            created_at=self._clock.now(),
+            metrics=dict(trained.result.metrics),
+            train_seconds=trained.seconds,
+            created_at=now(),
         )
         self._residual.put(encode(update))
         self.updates_made += 1
+        self._trained = version
         self._metrics.outbox.set(len(self._outbox))
         self._publisher.wake.set()
-        return True
 
     def run(self) -> None:
         """Step until stopped, publishing in a thread beside; then get the last updates out.
@@ -166,7 +181,7 @@ class Worker:
         """
         try:
             head = self._store.head()
-            if head is not None and (self._replica.differs(head) or head.layout != self._image.layout.hash):
+            if head is not None and (self._replica.differs(head) or head.layout != self._layout.hash):
                 self._job = self._store.job()
                 if not self._job:
                     self._not_started()
@@ -204,19 +219,34 @@ class Worker:
         return self._replica.version
 
     @property
-    def _image(self) -> ModelImage:
-        """This task's own model as an image; built once."""
-        if self._own is None:
-            self._model = self._task.build()
-            self._own = read(self._model)
-        return self._own
+    def _layout(self) -> Layout:
+        """Of this task's own model."""
+        return self._trainer.layout
+
+    @property
+    def _area(self) -> bool:
+        """Whether updates are differences to what this worker sent before (rule area), not to the pulled weights."""
+        return bool(self._job.get("rule") == "area")
+
+    def _waits_for_the_round(self) -> bool:
+        """In synchronous rounds a worker takes part once: it waits for the next version."""
+        return bool(self._job.get("rule") == "fedavg") and self._trained == self._version
+
+    def _start(self) -> Vector:
+        """Return the weights of version 0, which all memories of rule area start from."""
+        try:
+            return self._store.model(0).weights
+        except VersionGone:
+            assert self._base is not None, "pulled"  # noqa: S101
+            log.warning("version 0 is not stored any more: this worker's memory starts from version %d", self._version)
+            return self._base.weights
 
     def _check(self, base: ModelImage) -> None:
         """Compare this task's model with the job's; a difference cannot be mended by waiting."""
-        mine, theirs = self._image.layout, base.layout
+        mine, theirs = self._layout, base.layout
         if mine.hash != theirs.hash:
             raise SettingsError(
-                f"task {self._task.name} does not fit job {self.settings.job!r}: {difference(mine, theirs)}"
+                f"task {self._trainer.task.name} does not fit job {self.settings.job!r}: {difference(mine, theirs)}"
             )
         limit = int(self._job["update_bytes_max"])
         name = self._job["codec"]
@@ -234,7 +264,7 @@ class Worker:
         name = self._job["codec"]
         if name != AUTO:
             return parse(name)
-        return self._auto.codec(delta, self._image.layout, train_seconds, seed)
+        return self._auto.codec(delta, self._layout, train_seconds, seed)
 
     def _context(self) -> Context:
         settings = self.settings
@@ -242,53 +272,8 @@ class Worker:
         seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint32)[0])
         return Context(settings.client_id, self._version, seed, settings.task_settings, self.stop.is_set)
 
-    def _train(self, context: Context) -> tuple[TrainResult, Any]:
-        """Train from the base weights; return the result and the delta (float32 [n])."""
-        assert self._base is not None, "pulled before"  # noqa: S101
-        write(self._model, self._base)
-        # A half-precision model holds the base only as rounded: the delta is relative to what training started from.
-        exact = all(spec.dtype == "float32" for spec in self._base.layout.averaged)
-        start = self._base.weights if exact else read(self._model).weights
-        result = _checked(self._task.train(self._model, context), self._task.name)
-        after = read(self._model)
-        if after.layout != self._base.layout:
-            raise TaskError(
-                f"train() of {self._task.name} changed the model's tensors: "
-                f"{difference(after.layout, self._base.layout)}"
-            )
-        delta = after.weights
-        delta -= start
-        norm = math.sqrt(squared_norm(delta))
-        if not norm <= NORM_MAX:  # nor NaN
-            finite = math.isfinite(norm)
-            what = f"a delta of norm {norm:.4g}, above {NORM_MAX:g}" if finite else "weights that are not finite"
-            raise TaskError(f"train() of {self._task.name} gave {what}: the update is not sent")
-        return result, delta
-
     def _say(self, message: str) -> None:
         """Log a condition once, not at every turn."""
         if message != self._said:
             log.warning("%s", message)
             self._said = message
-
-
-def _checked(result: TrainResult, task: str) -> TrainResult:
-    """Return a task's result as plain numbers; numbers of numpy or torch are fine, metrics that are not finite go.
-
-    Raises:
-        TaskError: it cannot be sent; the message says why.
-    """
-    try:
-        num_samples, num_steps = operator.index(result.num_samples), operator.index(result.num_steps)
-        metrics = {name: float(value) for name, value in result.metrics.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise TaskError(
-            f"train() of {task} must report whole numbers of samples and steps and a dict of numbers: {error}"
-        ) from error
-    if not (0 < num_samples <= NUM_SAMPLES_MAX and 0 < num_steps <= NUM_STEPS_MAX):
-        raise TaskError(f"train() of {task} reports {num_samples} samples and {num_steps} steps: both must be positive")
-    if len(metrics) > METRICS_MAX or not all(isinstance(name, str) and len(name) <= NAME_CHARS_MAX for name in metrics):
-        raise TaskError(
-            f"train() of {task}: at most {METRICS_MAX} metrics, their names up to {NAME_CHARS_MAX} characters"
-        )
-    return TrainResult(num_samples, num_steps, {name: value for name, value in metrics.items() if math.isfinite(value)})

@@ -68,7 +68,7 @@ def made_and_refused(store):
 
 def left_at(folder, layout, refused):
     """Return what a stopped worker holds: its residual and the refused updates it has not taken back yet."""
-    header, vector = residual_file.read(folder / residual_file.NAME)
+    header, vector = residual_file.parse((folder / residual_file.NAME).read_bytes())
     left = np.zeros(layout.num_params, np.float32) if vector is None else vector.copy()
     assert not list(folder.glob("*.update")), "all were published"
     for path in folder.glob("*.sent"):

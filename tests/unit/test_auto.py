@@ -150,7 +150,7 @@ def run(folder, monkeypatch, train, build=build, train_s=100.0, trainings=UPDATE
     """Return the codec names that the messages of a job with codec `auto` bear, and its system; time is made up."""
     monkeypatch.setattr("worker.auto.TIME_FREE_S", 0.0)
     clock = SimpleNamespace(perf_counter=itertools.count(0.0, train_s).__next__)
-    monkeypatch.setattr("worker.worker.time", clock)
+    monkeypatch.setattr("worker.training.time", clock)
     system = System(ModelImage.of(build()), codec="auto", buffer_size=1, staleness="constant")
     device = device_of(folder, system, train, build)
     names = []

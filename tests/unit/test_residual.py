@@ -66,7 +66,8 @@ class Rig:
     def encode(self, delta, codec=EF, version=0, horizon=100, layout=LAYOUT, revision=None):
         """Take the first half of a step."""
         rng = np.random.default_rng(0)
-        return self.residual.encode(parse(codec), delta.copy(), layout, version, revision, horizon, rng)
+        self.residual.prepare(layout, version, revision, horizon)
+        return self.residual.encode(parse(codec), delta.copy(), layout, version, rng)
 
     def body(self, encoded, codec=EF, layout=LAYOUT, version=0):
         """Return the message."""
@@ -93,7 +94,7 @@ class Rig:
     @property
     def stored(self):
         """The residual on disk; zeros for none."""
-        vector = residual_file.read(self.folder / "residual")[1]
+        vector = residual_file.parse((self.folder / "residual").read_bytes())[1]
         return np.zeros(N, np.float32) if vector is None else vector
 
     def files(self, end):
@@ -426,7 +427,7 @@ def test_a_residual_of_another_model_is_dropped_with_its_norm(rig, caplog):
 def test_the_file_round_trips(rig):
     header = Header("abc", N, 7.1, 3, [1, 2], {2: 6.3, 3: 7.1}, 8, 9, 1)
     residual_file.write(rig.outbox.folder, header, weights(1, N))
-    found, vector = residual_file.read(rig.folder / "residual")
+    found, vector = residual_file.parse((rig.folder / "residual").read_bytes())
     assert found == header
     np.testing.assert_array_equal(vector, weights(1, N))
     assert vector.flags.writeable
@@ -588,7 +589,9 @@ def test_a_worker_sends_in_the_end_everything_it_trained(tmp_path, monkeypatch):
     outcomes = [outcome for update_id, outcome in system.outcomes() if update_id.startswith("a/")]
     assert outcomes.count("stale") == device.metrics.returned._value.get() > 3
     assert outcomes[-1] == "applied"
-    np.testing.assert_allclose(system.weights + residual_file.read(tmp_path / "a" / "residual")[1], 10, atol=1e-3)
+    np.testing.assert_allclose(
+        system.weights + residual_file.parse((tmp_path / "a" / "residual").read_bytes())[1], 10, atol=1e-3
+    )
 
 
 def test_the_message_of_an_update_with_feedback_names_the_whole_codec(tmp_path):
@@ -602,8 +605,8 @@ def test_the_message_of_an_update_with_feedback_names_the_whole_codec(tmp_path):
 
 
 def test_a_worker_tells_the_revision_of_the_head_and_none_when_it_read_none(tmp_path, monkeypatch):
-    told, encode_ = [], Residual.encode
-    monkeypatch.setattr(Residual, "encode", lambda self, *a: (told.append((a[3], a[4])), encode_(self, *a))[1])
+    told, prepare = [], Residual.prepare
+    monkeypatch.setattr(Residual, "prepare", lambda self, *a: (told.append((a[1], a[2])), prepare(self, *a))[1])
     store = FaultyStore()
     system = System(ModelImage.of({"w": np.zeros(SHAPE, np.float32)}), store=store, codec=EF, buffer_size=1)
     device = device_of(tmp_path, system, add_one, lambda: {"w": np.zeros(SHAPE, np.float32)}, store=store)
