@@ -10,16 +10,24 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One evaluation. Times are seconds since the start of the run; bytes count whole messages."""
+    """One evaluation. Times are seconds since the start of the run; bytes count whole messages.
+
+    Attributes:
+        trips: updates that arrived, whatever became of them.
+        updates: those that were applied.
+        metrics: everything `evaluate` returned.
+    """
 
     time_s: float
     version: int
+    trips: int
     updates: int
     staleness_mean: float
     bytes_sent: int
     bytes_pulled: int
     accuracy: float
     loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,10 +76,15 @@ class History:
             self.rows.pop()
         self.rows.append(
             Row(
-                time_s, version, len(self.staleness), mean, self.bytes_sent, self.bytes_pulled,
-                metrics.get("accuracy", nan), metrics.get("loss", nan),
+                time_s, version, self.trips, len(self.staleness), mean, self.bytes_sent, self.bytes_pulled,
+                metrics.get("accuracy", nan), metrics.get("loss", nan), dict(metrics),
             )
         )  # fmt: skip
+
+    @property
+    def trips(self) -> int:
+        """How many updates arrived, each counted once."""
+        return sum(count for outcome, count in self.outcomes.items() if outcome != "duplicate")
 
     @property
     def ratio(self) -> float:
@@ -94,8 +107,22 @@ class History:
         )
 
     def save_csv(self, path: Path) -> None:
-        """Write the rows."""
+        """Write the rows; what else `evaluate` returned follows in columns of its own."""
+        own = [f.name for f in fields(Row) if f.name != "metrics"]
+        more = sorted({name for row in self.rows for name in row.metrics} - set(own))
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+            writer = csv.DictWriter(file, own + more, restval="", extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+            writer.writerows(dict(row.metrics) | asdict(row) for row in self.rows)
+
+    def dump(self) -> dict[str, Any]:
+        """Return everything in msgpack's types."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        counters = {name: dict(plain[name]) for name in ("outcomes", "by_client")}
+        return plain | counters | {"rows": [asdict(row) for row in self.rows]}
+
+    @classmethod
+    def restored(cls, dump: Mapping[str, Any]) -> "History":
+        """Return what was dumped."""
+        counters = {name: Counter(dump[name]) for name in ("outcomes", "by_client")}
+        return cls(**{**dump, **counters, "rows": [Row(**row) for row in dump["rows"]]})

@@ -5,6 +5,7 @@ import operator
 import random
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,13 @@ class Trainer:
             self._layout = read(self._model).layout
         return self._layout
 
+    def initial(self) -> ModelImage:
+        """Build the model anew and return its weights: version 0 of a job."""
+        self._model = self.task.build()
+        image = read(self._model)
+        self._layout = image.layout
+        return image
+
     def train(self, training: Training) -> Trained:
         """Train once.
 
@@ -73,7 +81,7 @@ class Trainer:
         # A half-precision model holds the base only as rounded: the delta is relative to what training started from.
         exact = all(spec.dtype == "float32" for spec in layout.averaged)
         start = base.weights if exact else read(self._model).weights
-        _seed(training.context.seed)
+        seed_everything(training.context.seed)
         result = _checked(self.task.train(self._model, training.context), name)
         after = read(self._model)
         if after.layout != base.layout:
@@ -87,13 +95,25 @@ class Trainer:
             raise TaskError(f"train() of {name} gave {what}: the update is not sent")
         return Trained(result, delta, time.perf_counter() - started)
 
+    def evaluate(self, image: ModelImage, version: int, settings: Mapping[str, str]) -> dict[str, float]:
+        """Measure weights on held-out data, in the same model.
 
-def _seed(seed: int) -> None:
+        Raises:
+            TaskError: the task raised, or returned no numbers.
+        """
+        assert image.layout == self.layout, "the task's own"  # noqa: S101
+        write(self._model, image)
+        return self.task.evaluate(self._model, Context("", version, 0, settings))
+
+
+def seed_everything(seed: int) -> None:
     """Seed the generators a task may use without saying so (dropout): the same training, the same bits, anywhere."""
     random.seed(seed)
     np.random.seed(seed)
     if (torch := sys.modules.get("torch")) is not None:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed costs a millisecond where there is no GPU
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
 
 
 def _checked(result: TrainResult, task: str) -> TrainResult:

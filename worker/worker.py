@@ -181,11 +181,13 @@ class Worker:
         """
         try:
             head = self._store.head()
-            if head is not None and (self._replica.differs(head) or head.layout != self._layout.hash):
+            differs = head is not None and (self._replica.differs(head) or head.layout != self._layout.hash)
+            if head is not None and (differs or not self._job):
                 self._job = self._store.job()
                 if not self._job:
                     self._not_started()
                     return False
+            if head is not None and differs:
                 self._check(self._replica.pull(head))
                 log.debug("pulled version %d", head.version)
         except VersionGone as error:  # it was replaced while we pulled: look again

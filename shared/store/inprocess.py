@@ -4,7 +4,10 @@ import json
 import threading
 from collections import deque
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import astuple
 from typing import Any
+
+import numpy as np
 
 from shared.errors import Reason, RejectedUpdate, VersionConflict, VersionGone
 from shared.layout import Layout
@@ -170,6 +173,39 @@ class InProcessStore:
                 head.revision + 1, commit.version, head.layout, sha256, head.num_params, head.chunks, created_at,
                 published,
             )  # fmt: skip
+
+    def dump(self) -> dict[str, Any]:
+        """Return everything but the rule's records, in msgpack's types: a checkpoint."""
+        with self._lock:
+            if self._head is None:
+                raise VersionGone("the job has no model yet")
+            return {
+                "head": astuple(self._head), "token": self._token, "models": dict(self._models), "state": self._state,
+                "arrays": {name: array.tobytes() for name, array in self._arrays.items()}, "applied": self._applied,
+                "job": self._job, "clients": self.clients, "meta": self.meta,
+                "snapshots": [[astuple(entry), file] for entry, file in self._snapshots.values()],
+                "deltas": [[astuple(entry), record] for entry, record in self._deltas.values()],
+                "outcomes": {client: list(pairs) for client, pairs in self._outcomes.items()},
+            }  # fmt: skip
+
+    def restore(self, layout: Layout, dump: Mapping[str, Any]) -> None:
+        """Become what was dumped.
+
+        Args:
+            layout: the job's.
+            dump: what `dump` returned.
+        """
+        with self._lock:
+            self._head, self._token, self._layout = Head(*dump["head"]), dump["token"], layout
+            self._models, self._state, self._job = dict(dump["models"]), dump["state"], dump["job"]
+            self._arrays = {name: np.frombuffer(array, np.float32) for name, array in dump["arrays"].items()}
+            self._applied, self.clients, self.meta = dump["applied"], dump["clients"], dump["meta"]
+            self._snapshots = {entry[0]: (SnapshotEntry(*entry), file) for entry, file in dump["snapshots"]}
+            self._deltas = {entry[0]: (DeltaEntry(*entry), record) for entry, record in dump["deltas"]}
+            self._outcomes = {
+                client: deque(((revision, [(i, o) for i, o in told]) for revision, told in pairs), maxlen=OUTCOMES_MAX)
+                for client, pairs in dump["outcomes"].items()
+            }
 
     def _publish(self, publication: Publication) -> None:
         """Move the index of what is published; keeps bytes, as Redis does."""

@@ -20,10 +20,14 @@ class DeadLetter:
 
 
 class InProcessBroker:
-    """The queues of any number of jobs. Thread-safe."""
+    """The queues of any number of jobs. Thread-safe.
 
-    def __init__(self) -> None:
-        self.dead: list[DeadLetter] = []
+    Args:
+        dead_max: dead letters kept, the newest; None: all.
+    """
+
+    def __init__(self, dead_max: int | None = None) -> None:
+        self.dead: deque[DeadLetter] = deque(maxlen=dead_max)
         self._queues: dict[str, deque[Outgoing]] = {}
         self._sources: dict[str, list[InProcessSource]] = {}
         self._changed = threading.Condition()

@@ -1,0 +1,229 @@
+"""What a simulation runs: every option, checked as a whole before anything runs."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+from ops.simulation.attacks import parse_attack
+from ops.simulation.availability import Availability
+from ops.simulation.network import Network
+from ops.simulation.speeds import Speeds
+from shared.choices import parse
+from shared.config import AggregatorSettings, parse_pairs
+from shared.errors import SettingsError
+from shared.rules import RULE_TABLE
+
+CONCURRENCY = 100  # clients at work at once, where there are more: of a large fleet most rest
+JOB = "simulation"
+NOT_SIMULATED = {  # settings of an aggregator that mean nothing without servers
+    "broker_url", "store_url", "job", "wait_s", "metrics_port", "log_level", "durable", "init_model", "prefetch",
+    "commit_interval_s", "commit_age_max_s",
+}  # fmt: skip
+
+
+class SimulatedAggregator(AggregatorSettings):
+    """An aggregator's settings from what is given alone: a simulation does not depend on the environment."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is given."""
+        return (init_settings,)
+
+
+def _attack(value: str) -> str:
+    parse_attack(value)
+    return value
+
+
+class Fleet(BaseModel):
+    """The task, the devices and how long to run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field("digits", description="file with build(), train() and evaluate(), or a built-in name")
+    task_settings: dict[str, str] = Field(default_factory=dict, description="for the task, as a=1,b=2 or JSON")
+    clients: int = Field(100, ge=1, le=1_000_000, description="number of devices")
+    concurrency: int = Field(0, ge=0, description="devices at work at once; 0: all of them, at most 100")
+    updates: int = Field(0, ge=0, description="stop after so many updates were published")
+    hours: float = Field(0.0, ge=0, description="stop after so many virtual hours")
+    target: float = Field(0.0, ge=0, description="the value of --metric to be reached; 0: none")
+    stop_at_target: bool = Field(False, description="stop once the mean of the last five evaluations is there")
+    metric: str = Field("accuracy", description="what --target is about, of what evaluate() returns")
+    evaluations: int = Field(60, ge=1, le=100_000, description="evaluations over the run")
+    seed: int = Field(0, ge=0, description="of everything random")
+    partition: str = Field("", description="how data is split, e.g. iid, dirichlet(0.3), shards(2); empty: the task's")
+    speed: str = Field("lognormal(60, 0.6)", description="seconds of compute a trip: a distribution, or trace:FILE")
+    persistent: bool = Field(True, description="a device is fast or slow for good; no: each trip is drawn anew")
+    correlated: bool = Field(False, description="the last shares of the data belong to the slowest devices")
+    rest_s: float = Field(0.0, ge=0, description="mean seconds a device rests between two trips, exponential")
+    down_mbps: float = Field(0.0, ge=0, description="bandwidth to a device, Mbit/s; 0: unlimited")
+    up_mbps: float = Field(0.0, ge=0, description="bandwidth from a device, Mbit/s; 0: unlimited")
+    latency_ms: float = Field(0.0, ge=0, description="added to every transfer, milliseconds")
+    bandwidth_sigma: float = Field(0.0, ge=0, le=5, description="log-normal spread of bandwidth over the devices")
+    availability: str = Field("always", description="always, diurnal(hours), churn(on, period_min), joined by &")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of trips that are lost in mid-training")
+    attackers: float = Field(0.0, ge=0, lt=1, description="share of the devices that attack")
+    attack: Annotated[str, AfterValidator(_attack)] = Field(
+        "sign_flip", description="what they do: sign_flip(scale), noise(scale), flood(rate), joined by &"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "task_settings" in given:
+            return {**given, "task_settings": parse_pairs(given["task_settings"])}
+        return given
+
+    @property
+    def in_flight(self) -> int:
+        """How many devices are at work at once."""
+        return self.concurrency or min(self.clients, CONCURRENCY)
+
+
+class Plan(BaseModel):
+    """One simulation.
+
+    Attributes:
+        fleet: the task, the devices, how long to run.
+        aggregator: the job's settings.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    fleet: Fleet
+    aggregator: SimulatedAggregator
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule without its parameters."""
+        return parse(self.aggregator.rule, RULE_TABLE).name
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether devices wait for rounds."""
+        return self.rule == "fedavg"
+
+
+def option_names() -> list[str]:
+    """Return everything that may be given, the fleet's options first."""
+    return [*Fleet.model_fields, *(name for name in AggregatorSettings.model_fields if name not in NOT_SIMULATED)]
+
+
+def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
+    """Check everything that is given.
+
+    Args:
+        given: option -> value; None values were not given.
+        where: to say where it stands, e.g. a file's name.
+
+    Raises:
+        SettingsError: every problem found, one a line.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    known = option_names()
+    problems = [_unknown(name, known) for name in chosen if name not in known]
+    own = {name: value for name, value in chosen.items() if name in Fleet.model_fields}
+    rest = {name: value for name, value in chosen.items() if name in known and name not in own}
+    fleet, more = _checked(Fleet, own)
+    problems += more
+    rule = str(rest.get("rule", "")).partition("(")[0].strip()
+    if fleet is not None and "clients" not in rest and _counts_clients(rule):
+        rest["clients"] = fleet.clients
+    aggregator, more = _checked(SimulatedAggregator, {"commit_interval_s": 0.0, "job": JOB} | rest)
+    problems += more
+    if fleet is not None:
+        problems += _fleet_problems(fleet)
+    if fleet is not None and aggregator is not None:
+        problems += _together(fleet, aggregator)
+    if problems or fleet is None or aggregator is None:
+        raise SettingsError("\n  ".join([f"{where or 'this simulation'} needs a change:", *problems]))
+    return Plan(fleet=fleet, aggregator=aggregator)
+
+
+def _counts_clients(rule: str) -> bool:
+    from shared.rules import RULES
+
+    return rule in RULES and "clients" in RULES[rule].uses
+
+
+def _checked(kind: type[Any], given: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    try:
+        return kind(**given), []
+    except ValidationError as error:
+        return None, [_readable(item) for item in error.errors()]
+
+
+def _readable(item: Any) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ").replace("FEDMQ_", "")
+    return f"{item['loc'][0]}={item['input']}: {message}" if item["loc"] else message
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+
+
+def _fleet_problems(fleet: Fleet) -> list[str]:
+    problems = []
+    if not fleet.updates and not fleet.hours:
+        problems.append("say how long to run: updates or hours, or both (whichever is over first)")
+    if fleet.concurrency > fleet.clients:
+        problems.append(f"concurrency={fleet.concurrency} exceeds clients={fleet.clients}")
+    if fleet.stop_at_target and not fleet.target:
+        problems.append("stop_at_target needs a target")
+    for name, build in (
+        ("speed", lambda: Speeds(fleet.speed, fleet.persistent, fleet.clients, fleet.seed)),
+        ("availability", lambda: Availability(fleet.availability, fleet.dropout, fleet.clients, fleet.seed)),
+        ("network", lambda: network_of(fleet)),
+    ):
+        try:
+            build()
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return problems
+
+
+def network_of(fleet: Fleet) -> Network:
+    """Build the fleet's network."""
+    return Network(
+        fleet.down_mbps, fleet.up_mbps, fleet.latency_ms, fleet.bandwidth_sigma, fleet.clients, fleet.seed
+    )  # fmt: skip
+
+
+def _together(fleet: Fleet, aggregator: SimulatedAggregator) -> list[str]:
+    """Say what of a fleet and a rule does not go together."""
+    problems, rule = [], parse(aggregator.rule, RULE_TABLE).name
+    size = aggregator.buffer_size
+    if rule not in ("fedasync", "ace", "aced", "ringleader") and size > fleet.clients:
+        problems.append(
+            f"buffer_size={size} exceeds clients={fleet.clients}: a buffer would wait for somebody's second"
+        )
+    if rule == "fedavg" and size > fleet.in_flight:
+        problems.append(f"buffer_size={size} exceeds concurrency={fleet.in_flight}: no round of fedavg would ever end")
+    if fleet.updates and size > fleet.updates:
+        problems.append(f"updates={fleet.updates} never fill one buffer_size={size}")
+    if rule == "ringleader" and fleet.task_settings.get("steps") != "1":
+        problems.append("rule ringleader is for workers of one local step: give task_settings steps=1")
+    return problems
+
+
+def share_settings(fleet: Fleet, client: int) -> dict[str, str]:
+    """Return a client's settings of the task."""
+    split = {"partition": fleet.partition} if fleet.partition else {}
+    return {**fleet.task_settings, **split, "share": str(client), "shares": str(fleet.clients)}
+
+
+def path_of_task(task: str) -> str:
+    """Return a task's name as another process finds it."""
+    return str(Path(task).resolve()) if Path(task).is_file() else task
