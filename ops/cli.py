@@ -1,13 +1,14 @@
 """The `fedmq` command."""
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from aggregator.__main__ import HELP as AGGREGATOR_HELP
 from aggregator.__main__ import run as run_aggregator
-from shared.command import exit_codes, settings_command
+from shared.command import exit_codes, setting_option, settings_command
 from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load
 from worker.__main__ import HELP as WORKER_HELP
 from worker.__main__ import run as run_worker
@@ -22,6 +23,9 @@ codecs_app = typer.Typer(invoke_without_command=True, help="How updates can be c
 app.add_typer(codecs_app, name="codecs")
 bench_app = typer.Typer(invoke_without_command=True, help="Measurements beside their limits and their peers.")
 app.add_typer(bench_app, name="bench")
+
+simulate_app = typer.Typer(help="A fleet of any size in virtual time, and comparisons of them.")
+app.add_typer(simulate_app, name="simulate")
 
 StoreUrl = Annotated[str | None, typer.Option(help="Redis URL; FEDMQ_STORE_URL")]
 BrokerUrl = Annotated[str | None, typer.Option(help="RabbitMQ URL; FEDMQ_BROKER_URL")]
@@ -142,6 +146,41 @@ def bench_fuzz(
         from ops.bench.fuzz import run
 
         run(inputs, seed)
+
+
+def _simulate(context: typer.Context, processes: int, out: Path, **given: Any) -> None:
+    if context.invoked_subcommand is None:
+        with exit_codes():
+            from ops.simulation.run import command
+
+            command(given, processes, out)
+
+
+def _simulate_options() -> None:
+    """Give `simulate` an option for everything a simulation can be told."""
+    from ops.simulation.plan import fields
+
+    fixed = inspect.signature(_simulate).parameters
+    parameters = [fixed["context"]]
+    own = {
+        "processes": (int, typer.Option(help="trainings at once; the result is the same", min=1), 1),
+        "out": (
+            Path,
+            typer.Option(help="folder for the report; an interrupted run in it goes on"),
+            Path("runs/simulation"),
+        ),
+    }
+    for name, (kind, option, default) in own.items():
+        parameters.append(fixed[name].replace(annotation=Annotated[kind, option], default=default))
+    for name, info in fields().items():
+        parameters.append(setting_option(name, info))
+    _simulate.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    _simulate.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    help_text = "Simulate a fleet: the production worker and aggregator in virtual time, deterministic by seed."
+    simulate_app.callback(invoke_without_command=True, help=help_text)(_simulate)
+
+
+_simulate_options()
 
 
 @codecs_app.callback()

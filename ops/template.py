@@ -63,7 +63,13 @@ def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
 
 
 def local_data(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace this: read the data that lies on this device."""
+    """Replace this: read the data that lies on this device.
+
+    To try devices that differ on one data set, deal it; `settings` may name a partition and the number of shares:
+        from worker.tasks.partition import deal, share_of
+        parts = deal(labels, shares=10, how="dirichlet(alpha=0.3)", seed=1)
+        mine = parts[share_of(context.client, context.settings, shares=10)]
+    """
     return made_up_data(seed=sum(context.client.encode()), samples=200)
 
 

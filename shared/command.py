@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic.fields import FieldInfo
 
 from shared.config import Settings, load
 from shared.errors import FedMQError, SettingsError, TaskError, Unavailable
@@ -38,19 +39,23 @@ def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[
         with exit_codes():
             run(load(kind, flags))
 
-    parameters = []
-    for field, info in kind.model_fields.items():
-        option = "--" + field.replace("_", "-")
-        is_bool = info.annotation is bool
-        declaration = f"{option}/--no-{field.replace('_', '-')}" if is_bool else option
-        default = "" if info.default_factory or info.default is None else f" [default: {info.default}]"
-        hint = typer.Option(declaration, help=f"{info.description}{default}", show_default=False)
-        kind_of: Any = bool | None if is_bool else str | None
-        annotation = Annotated[kind_of, hint]
-        parameters.append(inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    parameters = [setting_option(field, info) for field, info in kind.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, help=help_text)(command)
+
+
+def setting_option(name: str, info: FieldInfo) -> inspect.Parameter:
+    """Return the command-line option of one setting; what is not given is None."""
+    option = "--" + name.replace("_", "-")
+    is_bool = info.annotation is bool
+    declaration = f"{option}/--no-{name.replace('_', '-')}" if is_bool else option
+    unset = info.default_factory or info.default is None or info.default == ""
+    hint = typer.Option(
+        declaration, help=f"{info.description}{'' if unset else f' [default: {info.default}]'}", show_default=False
+    )
+    kind: Any = bool | None if is_bool else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, hint])
 
 
 def log_to_stderr(level: str) -> None:

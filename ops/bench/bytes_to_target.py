@@ -27,11 +27,12 @@ from ops.embedded import Embedded
 from shared.config import AggregatorSettings, WorkerSettings
 from worker.task import Task
 
-TASK = Path(__file__).parent / "tasks" / "mnist_cnn.py"
+TASK = "mnist_wide"
 WORKERS, BUFFER_SIZE, SERVER_LR, LR, BATCH, SHARDS = 100, 10, 1.0, 0.15, 30, 4
 SAMPLES = 600  # images of a worker
 SETTINGS = {
-    "shares": str(WORKERS), "samples": str(SAMPLES), "shards": str(SHARDS), "lr": str(LR), "batch": str(BATCH),
+    "shares": str(WORKERS), "samples": str(SAMPLES), "partition": f"shards({SHARDS})", "lr": str(LR),
+    "batch": str(BATCH),
 }  # fmt: skip
 REST_S = 4.8  # mean; with trips of 1.2 s a fifth of the devices is busy at a time
 TARGET, WINDOW = 0.97, 5  # accuracy; evaluations it is averaged over
@@ -84,15 +85,13 @@ def run_one(name: str, seed: int, updates: int = UPDATES) -> Run:
     folder = Path(tempfile.gettempdir())
     workers = [
         WorkerSettings(
-            job="bench", client_id=f"worker-{i}", task=str(TASK), seed=seed, state_dir=folder,
+            job="bench", client_id=f"worker-{i}", task=TASK, seed=seed, state_dir=folder,
             task_settings=SETTINGS | {"share": str(i)},
         )
         for i in range(WORKERS)
     ]  # fmt: skip
     trips_s = [float(x) for x in np.random.default_rng(seed).lognormal(0.0, 0.6, WORKERS)]
-    system = Embedded(
-        Task.load(str(TASK), needs=("build", "train", "evaluate")), settings, workers, trips_s, seed, REST_S
-    )
+    system = Embedded(Task.load(TASK, needs=("build", "train", "evaluate")), settings, workers, trips_s, seed, REST_S)
     reached: tuple[int, int, int, int] | None = None
     try:
         for history in system.run(updates, EVALUATE_EVERY):

@@ -1,8 +1,8 @@
 """A simulation's memory on disk: one SQLite file, changed in one transaction from checkpoint to checkpoint.
 
 Whatever kills the process, the file is as the last checkpoint left it. What clients keep between two trips (outbox,
-residual) is held in memory as far as a budget allows and goes to the file beyond that: a fleet of ten thousand residuals
-does not fit anywhere else.
+residual) is held in memory as far as a budget allows and goes to the file beyond that: ten thousand residuals do not
+fit anywhere else.
 """
 
 import sqlite3

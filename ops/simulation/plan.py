@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from ops.simulation.attacks import parse_attack
@@ -15,7 +16,7 @@ from ops.simulation.speeds import Speeds
 from shared.choices import parse
 from shared.config import AggregatorSettings, parse_pairs
 from shared.errors import SettingsError
-from shared.rules import RULE_TABLE
+from shared.rules import RULE_TABLE, RULES
 
 CONCURRENCY = 100  # clients at work at once, where there are more: of a large fleet most rest
 JOB = "simulation"
@@ -110,14 +111,31 @@ class Plan(BaseModel):
         return parse(self.aggregator.rule, RULE_TABLE).name
 
     @property
+    def counts_clients(self) -> bool:
+        """Whether the rule is told how many devices there are."""
+        return _counts_clients(self.rule)
+
+    @classmethod
+    def restored(cls, plain: Mapping[str, Any]) -> "Plan":
+        """Return the plan that was dumped as JSON."""
+        return cls(fleet=Fleet(**plain["fleet"]), aggregator=SimulatedAggregator(**plain["aggregator"]))
+
+    @property
     def synchronous(self) -> bool:
         """Whether devices wait for rounds."""
         return self.rule == "fedavg"
 
 
-def option_names() -> list[str]:
+def fields() -> dict[str, FieldInfo]:
     """Return everything that may be given, the fleet's options first."""
-    return [*Fleet.model_fields, *(name for name in AggregatorSettings.model_fields if name not in NOT_SIMULATED)]
+    own = dict(Fleet.model_fields)
+    rest = {n: f for n, f in AggregatorSettings.model_fields.items() if n not in NOT_SIMULATED and n not in own}
+    return own | rest
+
+
+def option_names() -> list[str]:
+    """Return the names of everything that may be given."""
+    return list(fields())
 
 
 def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
@@ -152,8 +170,6 @@ def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
 
 
 def _counts_clients(rule: str) -> bool:
-    from shared.rules import RULES
-
     return rule in RULES and "clients" in RULES[rule].uses
 
 

@@ -138,12 +138,12 @@ class Simulator:
                 break
             self.clock.time_s = time_s
             self._act(kind, client, number)
-            if self._progress() * self.plan.fleet.evaluations >= self._evaluations and self._has_news():
-                self._evaluations = math.floor(self._progress() * self.plan.fleet.evaluations) + 1
+            if self.progress() * self.plan.fleet.evaluations >= self._evaluations and self._has_news():
+                self._evaluations = math.floor(self.progress() * self.plan.fleet.evaluations) + 1
                 self._evaluate()
                 yield self.history
-            if self._progress() * CHECKPOINTS >= self._checkpoints:
-                self._checkpoints = math.floor(self._progress() * CHECKPOINTS) + 1
+            if self.progress() * CHECKPOINTS >= self._checkpoints:
+                self._checkpoints = math.floor(self.progress() * CHECKPOINTS) + 1
                 self.checkpoint()
         self.aggregator.finish()
         self._read_ledger()
@@ -336,10 +336,11 @@ class Simulator:
             return True
         return fleet.stop_at_target and self.target_row() is not None
 
-    def _progress(self) -> float:
+    def progress(self) -> float:
+        """Return the share of the run that is done, in [0, 1]."""
         fleet = self.plan.fleet
         by_updates = self._published / fleet.updates if fleet.updates else 0.0
-        return max(by_updates, self.clock.time_s / self._end_s if self._end_s else 0.0)
+        return min(1.0, max(by_updates, self.clock.time_s / self._end_s if self._end_s else 0.0))
 
     def target_row(self) -> int | None:
         """Return the first row at which the mean of the last evaluations has reached the target."""
