@@ -111,16 +111,6 @@ class Plan(BaseModel):
         return parse(self.aggregator.rule, RULE_TABLE).name
 
     @property
-    def counts_clients(self) -> bool:
-        """Whether the rule is told how many devices there are."""
-        return _counts_clients(self.rule)
-
-    @classmethod
-    def restored(cls, plain: Mapping[str, Any]) -> "Plan":
-        """Return the plan that was dumped as JSON."""
-        return cls(fleet=Fleet(**plain["fleet"]), aggregator=SimulatedAggregator(**plain["aggregator"]))
-
-    @property
     def synchronous(self) -> bool:
         """Whether devices wait for rounds."""
         return self.rule == "fedavg"
@@ -156,7 +146,7 @@ def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
     fleet, more = _checked(Fleet, own)
     problems += more
     rule = str(rest.get("rule", "")).partition("(")[0].strip()
-    if fleet is not None and "clients" not in rest and _counts_clients(rule):
+    if fleet is not None and rule in RULES and "clients" in RULES[rule].uses:
         rest["clients"] = fleet.clients
     aggregator, more = _checked(SimulatedAggregator, {"commit_interval_s": 0.0, "job": JOB} | rest)
     problems += more
@@ -167,10 +157,6 @@ def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
     if problems or fleet is None or aggregator is None:
         raise SettingsError("\n  ".join([f"{where or 'this simulation'} needs a change:", *problems]))
     return Plan(fleet=fleet, aggregator=aggregator)
-
-
-def _counts_clients(rule: str) -> bool:
-    return rule in RULES and "clients" in RULES[rule].uses
 
 
 def _checked(kind: type[Any], given: Mapping[str, Any]) -> tuple[Any, list[str]]:
@@ -243,3 +229,15 @@ def share_settings(fleet: Fleet, client: int) -> dict[str, str]:
 def path_of_task(task: str) -> str:
     """Return a task's name as another process finds it."""
     return str(Path(task).resolve()) if Path(task).is_file() else task
+
+
+def plain_plan(plan: Plan, given: bool = False) -> dict[str, Any]:
+    """Return a plan's options, flat.
+
+    Args:
+        plan: the plan.
+        given: only those that were given, as `plan_of` takes them; else what means something to its rule.
+    """
+    unused = {name for spec in RULES.values() for name in spec.uses} - set(RULES[plan.rule].uses)
+    aggregator = plan.aggregator.model_dump(mode="json", exclude=NOT_SIMULATED | unused, exclude_unset=given)
+    return aggregator | plan.fleet.model_dump(mode="json", exclude_unset=given)

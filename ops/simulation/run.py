@@ -16,7 +16,7 @@ from ops.history import History
 from ops.screen import table_of
 from ops.simulation.database import Database, Records
 from ops.simulation.executor import executor_of, one_thread
-from ops.simulation.plan import NOT_SIMULATED, Plan, path_of_task, plan_of
+from ops.simulation.plan import Plan, path_of_task, plain_plan, plan_of
 from ops.simulation.simulator import HOUR_S, Simulator
 from shared.errors import SettingsError
 from worker.task import Task
@@ -103,7 +103,7 @@ def leave_behind(result: Result, out: Path) -> None:
     title = f"FedMQ: {fleet.task}, {fleet.clients:,} simulated devices, {aggregator.rule}"
     report.save(result.history, out, title, shown_settings(result))
     plain = {
-        "plan": plain_plan(result.plan), "history": result.history.dump(), "sha256": result.sha256,
+        "plan": plain_plan(result.plan, given=True), "history": result.history.dump(), "sha256": result.sha256,
         "virtual_s": result.virtual_s, "wall_s": result.wall_s, "published": result.published, "lost": result.lost,
         "aborted": result.aborted, "failures": result.failures, "target_row": result.target_row,
     }  # fmt: skip
@@ -121,14 +121,6 @@ def shown_settings(result: Result) -> dict[str, Any]:
         "sha256 of the final weights": result.sha256,
     }  # fmt: skip
     return ended | plain_plan(result.plan)
-
-
-def plain_plan(plan: Plan) -> dict[str, Any]:
-    """Return a plan's options, flat, as `plan_of` takes them."""
-    aggregator = plan.aggregator.model_dump(mode="json", exclude=NOT_SIMULATED)
-    if not plan.counts_clients:
-        del aggregator["clients"]
-    return aggregator | plan.fleet.model_dump(mode="json")
 
 
 def stored_result(out: Path) -> Result | None:
@@ -153,15 +145,15 @@ def _open(out: Path, plan: Plan) -> Database:
         raise SettingsError(f"--out {out} cannot be used: {error.strerror}") from error
     stored = Records(database, "state").get("plan")
     if stored is not None:
-        _refuse_another(out, Plan.restored(json.loads(stored)), plan)
+        _refuse_another(out, plan_of(json.loads(stored), str(out / CHECKPOINT)), plan)
     return database
 
 
 def _refuse_another(out: Path, theirs: Plan, ours: Plan) -> None:
-    if theirs == ours:
-        return
     a, b = plain_plan(theirs), plain_plan(ours)
     differing = [f"{name}={a.get(name)!r}, not {b.get(name)!r}" for name in a | b if a.get(name) != b.get(name)]
+    if not differing:
+        return
     raise SettingsError(f"{out} holds another simulation ({'; '.join(differing)}): give another --out, or remove it")
 
 

@@ -31,7 +31,7 @@ from ops.simulation.clients import Clients
 from ops.simulation.database import Database, Folders, Records
 from ops.simulation.draws import stream, uniform
 from ops.simulation.executor import Executor, Failure
-from ops.simulation.plan import JOB, Plan, network_of, share_settings
+from ops.simulation.plan import JOB, Plan, network_of, plain_plan, share_settings
 from ops.simulation.speeds import Speeds
 from shared.clock import VirtualClock
 from shared.errors import FedMQError, TaskError
@@ -432,7 +432,7 @@ class Simulator:
         }  # fmt: skip
         self._records["simulation"] = msgpack.packb(state)
         self._records["store"] = msgpack.packb(self._store.dump())
-        self._records["plan"] = json.dumps(self.plan.model_dump(mode="json")).encode()
+        self._records["plan"] = json.dumps(plain_plan(self.plan, given=True)).encode()
         self._database.commit()
 
     def _resume(self) -> None:
