@@ -9,18 +9,20 @@ from pathlib import Path
 from rich.console import Console
 
 from ops import report
-from ops.embedded import Embedded
 from ops.fleet import PROCESS_S_MAX, Fleet
 from ops.history import History
-from ops.plan import Plan, job_settings, mean_trips_s, plan, worker_settings
+from ops.plan import Plan, plan, simulation
 from ops.screen import Screen, table_of
 from ops.servers import servers_or_urls
-from shared.config import AggregatorSettings
-from shared.errors import FedMQError
+from ops.simulation.database import Database
+from ops.simulation.executor import InThisProcess
+from ops.simulation.simulator import Simulator
+from shared.errors import FedMQError, TaskError
 from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
 from shared.transport.rabbitmq import queue_depths
 from worker.task import Task, read
+from worker.training import Trainer
 
 __all__ = ["embedded", "on_servers", "plan"]
 
@@ -30,22 +32,17 @@ QUIET_S_MAX = 120.0  # without any progress on the servers, the demo gives up an
 
 def embedded(job: Plan) -> History:
     """Run in this process, without servers, in virtual time."""
-    import torch
-
-    torch.manual_seed(job.seed)
-    task = Task.load(job.task, needs=("build", "train", "evaluate"))
-    settings = AggregatorSettings(**job_settings(job), commit_interval_s=0.0)
-    workers = [worker_settings(job, index, Path(tempfile.gettempdir())) for index in range(job.workers)]
-    system = Embedded(task, settings, workers, mean_trips_s(job.workers, job.seed), job.seed)
-    every = max(1, job.updates // job.buffer_size // 60)
-    try:
-        with Screen(job, "virtual time, in-process broker and store") as screen:
-            for history in system.run(job.updates, every):
-                screen.show(history)
-        _leave_behind(job, history, system.model(), "embedded")
-        return history
-    finally:
-        system.close()
+    trainer = Trainer(Task.load(job.task, needs=("build", "train", "evaluate")))
+    simulator = Simulator(simulation(job), trainer, InThisProcess(trainer), Database(None))
+    with Screen(job, "virtual time, in-process broker and store") as screen:
+        for history in simulator.run():
+            screen.show(history)
+    if simulator.failures:
+        raise TaskError(
+            f"{sum(simulator.failures.values())} trainings raised; the first: {next(iter(simulator.failures))}"
+        )
+    _leave_behind(job, history, simulator.model(), "embedded")
+    return history
 
 
 def on_servers(job: Plan, broker_url: str | None, store_url: str | None) -> History:

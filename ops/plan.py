@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import ValidationError
-
+from ops.simulation import plan as simulated
+from ops.simulation.speeds import Speeds
 from shared.compression import canonical, downlink_codec
-from shared.config import AggregatorSettings, WorkerSettings, readable
 from shared.errors import SettingsError
+
+MEAN_TRIP_S, TRIP_SIGMA = 1, 0.6  # of a worker's mean: log-normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,27 @@ def plan(
     except SettingsError as error:
         raise SettingsError(f"--downlink: {error}") from error
     job = Plan(task, updates, workers, codec, downlink, buffer_size, seed, out)
-    try:
-        AggregatorSettings(**job_settings(job))
-    except ValidationError as error:
-        problems = readable(error, AggregatorSettings)
-        raise SettingsError("\n  ".join(["these settings need a change:", *problems])) from error
+    simulation(job)
     return job
+
+
+def simulation(job: Plan) -> simulated.Plan:
+    """Return the demo as a simulation: what it runs without servers.
+
+    Raises:
+        SettingsError: settings that do not fit.
+    """
+    own = {key: value for key, value in job_settings(job).items() if key != "job"}
+    given = {
+        "task": job.task, "clients": job.workers, "concurrency": job.workers, "updates": job.updates,
+        "seed": job.seed, "speed": f"lognormal({MEAN_TRIP_S}, {TRIP_SIGMA})",
+    }  # fmt: skip
+    return simulated.plan_of(own | given, "the demo")
 
 
 def mean_trips_s(workers: int, seed: int) -> list[float]:
     """Draw each worker's mean seconds per trip: log-normal, the slowest several times the fastest."""
-    return [float(x) for x in np.random.default_rng(seed).lognormal(0.0, 0.6, workers)]
+    return [float(x) for x in Speeds(f"lognormal({MEAN_TRIP_S}, {TRIP_SIGMA})", True, workers, seed).means()]
 
 
 def job_settings(job: Plan) -> dict[str, Any]:
@@ -95,11 +105,3 @@ def job_settings(job: Plan) -> dict[str, Any]:
         "rule": "fedbuff",
         "server_lr": 1.0,
     }
-
-
-def worker_settings(job: Plan, index: int, folder: Path) -> WorkerSettings:
-    """Return the settings of one worker, its outbox in `folder`."""
-    settings = {"share": str(index), "shares": str(job.workers)}
-    return WorkerSettings(
-        job="demo", client_id=f"worker-{index}", task=job.task, task_settings=settings, state_dir=folder, seed=job.seed
-    )

@@ -204,7 +204,8 @@ class Simulator:
         training = device.worker.begin()
         assert training is not None, "there is a model, and nobody is asked twice in a round"  # noqa: S101
         self._clients.rest(client)
-        self.history.pulled(self.history.bytes_pulled + device.replica.fetched_bytes, self.history.pulls + 1)
+        fetched = device.replica.fetched_bytes
+        self.history.pulled(self.history.bytes_pulled + fetched, self.history.pulls + bool(fetched))
         pulled_s = self.clock.time_s + self._network.down_seconds(client, device.replica.fetched_bytes)
         compute_s = self._speeds.seconds(client, trip) / (hurry(self._attack) if client in self._attackers else 1.0)
         self._number += 1

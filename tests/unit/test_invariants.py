@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from aggregator.aggregator import Aggregator
-from ops.embedded import Embedded
-from shared.config import AggregatorSettings, WorkerSettings
+from ops.simulation.database import Database
+from ops.simulation.executor import InThisProcess
+from ops.simulation.plan import plan_of
+from ops.simulation.simulator import Simulator
+from shared.config import AggregatorSettings
 from shared.errors import SettingsError, StoreUnavailable
 from shared.messages import encode
 from shared.metrics import AggregatorMetrics
@@ -18,6 +21,7 @@ from shared.transport.inprocess import InProcessBroker
 from shared.transport.ports import Outgoing
 from tests.builders import JOB, FaultyStore, System, WindowedSource, model_of, update_of, weights, work
 from worker.task import Task, TrainResult
+from worker.training import Trainer
 
 
 class CheckedSource:
@@ -608,15 +612,12 @@ def test_7_a_whole_run_repeats_bit_for_bit_with_its_seed():
 
     def run_once(seed):
         task = Task("t", SimpleNamespace(build=build, train=train, evaluate=lambda model, context: {"accuracy": 0.0}))
-        settings = AggregatorSettings(job=JOB, buffer_size=3, codec="int4 | zstd", commit_interval_s=0.5)
-        workers = [WorkerSettings(job=JOB, client_id=f"w{i}", seed=seed) for i in range(4)]
-        system = Embedded(task, settings, workers, [1.0, 1.5, 2.0, 7.0], seed)
-        try:
-            for _ in system.run(updates=40, evaluate_every=5):
-                pass
-            return system.store.head().version, system.model().sha256, max(system.history.staleness)
-        finally:
-            system.close()
+        plan = plan_of({"clients": 4, "updates": 40, "buffer_size": 3, "codec": "int4 | zstd", "seed": seed})
+        trainer = Trainer(task)
+        simulator = Simulator(plan, trainer, InThisProcess(trainer), Database(None))
+        for history in simulator.run():
+            pass
+        return history.rows[-1].version, simulator.model().sha256, max(history.staleness)
 
     version, sha256, staleness_max = run_once(1)
     assert (version, staleness_max > 0) == (13, True)
