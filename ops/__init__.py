@@ -1,1 +1,1 @@
-"""Everything run around the system: commands, the embedded demo, private servers, benchmarks."""
+"""Everything run around the system: commands, the simulator, the demo, private servers, benchmarks."""

@@ -615,8 +615,7 @@ def test_7_a_whole_run_repeats_bit_for_bit_with_its_seed():
         plan = plan_of({"clients": 4, "updates": 40, "buffer_size": 3, "codec": "int4 | zstd", "seed": seed})
         trainer = Trainer(task)
         simulator = Simulator(plan, trainer, InThisProcess(trainer), Database(None))
-        for history in simulator.run():
-            pass
+        *_, history = simulator.run()
         return history.rows[-1].version, simulator.model().sha256, max(history.staleness)
 
     version, sha256, staleness_max = run_once(1)
