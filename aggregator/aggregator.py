@@ -18,6 +18,7 @@ from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit
 from aggregator.arrival import Arrival
 from aggregator.downlink import Downlink
+from aggregator.robust import guards_of
 from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
@@ -66,7 +67,7 @@ class Aggregator:
     ) -> None:  # fmt: skip
         self.settings, self.metrics, self.stop = settings, metrics, threading.Event()
         self._source, self._store, self._clock, self._poll_s = source, store, clock, poll_s
-        self._rule = rule_of(settings)
+        self._rule, self._guards = rule_of(settings), guards_of(settings)
         weighed = "staleness" in RULES[parse(settings.rule, RULE_TABLE).name].uses
         self._weight = parse_staleness(settings.staleness if weighed else "constant")
         self._held: Delivery | None = None  # received, not yet settled
@@ -147,25 +148,36 @@ class Aggregator:
         version = self.state.version
         self._account.settle(update, len(delivery.body), outcome, staleness, weight, version, now)
         self._pending.append(replace(delivery, body=b""))  # a window of bodies would outweigh the model
-        if outcome == APPLIED:
+        if outcome == APPLIED and update.client != self._guards.trusted_client:  # whose updates are in no buffer
             self.state.buffer_since = self.state.buffer_since or now
             if self._rule.advance(self.state):
                 self.state.buffer_since, self._advanced = 0.0, True
                 forget_old_ids(self.state, self._floor())
 
     def _apply(self, update: Update, delta: Decoded) -> tuple[str, int, float]:
-        """Fold an admitted update unless it is a duplicate or too stale; return outcome, staleness, weight."""
+        """Take in an admitted update unless it is a duplicate or too stale; return outcome, staleness, weight."""
         state = self.state
         staleness = state.version - update.base_version
         if update.update_id in state.applied:
             return DUPLICATE, staleness, 0.0
         if staleness > self.settings.staleness_max or update.base_version < state.floor:
             return STALE, staleness, 0.0
-        base = self._base(update.base_version) if self._rule.needs.base else None
-        weight = self._weight(staleness)
-        weight = self._rule.fold(state, Arrival(update, delta, staleness, weight, base))
+        if update.client == self._guards.trusted_client:
+            self._guards.trust(state, update, delta)
+            weight = 0.0
+        else:
+            weight = self._fold(update, delta, staleness)
         state.applied[update.update_id] = update.base_version
         return APPLIED, staleness, weight
+
+    def _fold(self, update: Update, delta: Decoded, staleness: int) -> float:
+        """Have the guards look at an update and the rule take it in; return its factor, for the ledger."""
+        state, judged = self.state, Arrival(update, delta, staleness, 1.0)
+        weight = self._weight(staleness) * self._guards.weigh(state, judged)
+        base = self._base(update.base_version) if self._rule.needs.base else None
+        weight = self._rule.fold(state, Arrival(update, delta, staleness, weight, base))
+        self._guards.applied(state, judged)
+        return weight
 
     def _base(self, version: int) -> Vector:
         """Return the weights of a published version, from the few at hand or from the store."""
@@ -343,4 +355,6 @@ class Aggregator:
             "rule": s.rule, "buffer_size": s.buffer_size, "server_lr": s.server_lr, "alpha": s.alpha,
             "staleness": s.staleness, "staleness_max": s.staleness_max, "weight_by_samples": s.weight_by_samples,
             "codec": s.codec, "update_bytes_max": s.update_bytes_max, "downlink": s.downlink, "snapshots": s.snapshots,
+            "server_optimizer": s.server_optimizer, "robust": s.robust, "clients": s.clients,
+            "trusted_client": s.trusted_client,
         }  # fmt: skip

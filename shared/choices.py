@@ -94,7 +94,8 @@ def parse(text: str, table: Table) -> Choice:
         raise ValueError(f"must be one of {', '.join(usage(name, table) for name in table)}{hint}")
     parameters = table[match[1]]
     given: dict[str, float] = {}
-    for position, part in enumerate(part.strip() for part in (match[2] or "").split(",") if part.strip()):
+    inside = (match[2] or "").strip()
+    for position, part in enumerate(part.strip() for part in inside.split(",") if inside):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         names = list(parameters)
         name = key if equals else names[position] if position < len(names) else ""

@@ -6,6 +6,7 @@ All are checked as a whole at start, and every problem stands in one message.
 import difflib
 import json
 import os
+import re
 import socket
 import tomllib
 from pathlib import Path
@@ -21,26 +22,28 @@ from shared.messages import ID
 from shared.rules import (
     ADAPTIVE,
     ADAPTIVE_LR,
-    AVERAGING,
-    COMBINERS,
-    GUARDS,
     ROBUST,
     RULE_TABLE,
     RULES,
     SERVER_OPTIMIZERS,
-    SLOTS,
     STALENESS,
-    TRUSTED,
+    robust_problems,
 )
 
 PREFIX = "FEDMQ_"
-OTHER_VARIABLES = {"FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD"}  # the worked tasks' data; the TOML file; compose
+OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; compose; the benchmark task's size
+    "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD", "FEDMQ_NOISE_PARAMS",
+}  # fmt: skip
 
 
 def _identifier(value: str) -> str:
     if not ID.fullmatch(value):
         raise ValueError(f"must be of {ID.pattern}")
     return value
+
+
+def _identifier_or_none(value: str) -> str:
+    return _identifier(value) if value else value
 
 
 def _codec(value: str) -> str:
@@ -138,7 +141,9 @@ class AggregatorSettings(Settings):
     robust: Annotated[str, _chosen_pipeline(ROBUST)] = Field(
         "", description="defences against bad updates, joined by |; see Rules"
     )
-    trusted_client: str = Field("", description="zeno, aflguard: the worker that trains on the server's own data")
+    trusted_client: Annotated[str, AfterValidator(_identifier_or_none)] = Field(
+        "", description="zeno, aflguard: the worker that trains on the server's own data"
+    )
     clients: int = Field(0, ge=0, le=1_000_000, description="number of workers, for rules that keep something of each")
     alpha: float = Field(0.6, gt=0, le=1, description="fedasync: weight of a fresh model")
     staleness: Annotated[str, _chosen(STALENESS)] = Field(
@@ -163,7 +168,8 @@ class AggregatorSettings(Settings):
     def _defaults_of_the_rule(cls, given: Any) -> Any:
         """Fill in what another default suits better, depending on the rule and the optimizer."""
         rule, optimizer = (str(given.get(key, "")).partition("(")[0].strip() for key in ("rule", "server_optimizer"))
-        defaults = {"server_lr": ADAPTIVE_LR} if ADAPTIVE_NAMES & {rule, optimizer} else {}
+        adaptive = ADAPTIVE_NAMES & {rule, optimizer} and "server_lr" in RULES.get(rule, RULES["fedbuff"]).uses
+        defaults: dict[str, Any] = {"server_lr": ADAPTIVE_LR} if adaptive else {}
         if rule == "fedavg":
             defaults |= {"staleness_max": 0}
         return defaults | dict(given)
@@ -171,7 +177,12 @@ class AggregatorSettings(Settings):
     @model_validator(mode="after")
     def _not_contradictory(self) -> Self:
         rule = choices.parse(self.rule, RULE_TABLE).name
-        problems = [*_unused(self, rule), *_robust_problems(self, rule)]
+        problems = _unused(self, rule)
+        if "robust" in RULES[rule].uses:
+            stages = choices.parse_pipeline(self.robust, ROBUST)
+            problems += robust_problems(stages, rule, self.buffer_size, self.weight_by_samples, self.trusted_client)
+        elif self.trusted_client:
+            problems.append(f"FEDMQ_TRUSTED_CLIENT={self.trusted_client}: rule {rule} takes no FEDMQ_ROBUST to use it")
         if "clients" in RULES[rule].uses and rule != "rescaled" and not self.clients:
             problems.append(f"FEDMQ_RULE={rule} keeps something of every worker: give their number, FEDMQ_CLIENTS")
         if "clients" in RULES[rule].uses and 0 < self.clients < self.buffer_size and "buffer_size" in RULES[rule].uses:
@@ -194,59 +205,12 @@ class AggregatorSettings(Settings):
 
 
 def _unused(settings: AggregatorSettings, rule: str) -> list[str]:
-    """Name the settings that were given and mean nothing to the rule."""
+    """Name the settings that were given, if only their default, and mean nothing to the rule."""
     problems = []
     optional = {name for spec in RULES.values() for name in spec.uses}
-    for name in sorted(optional - set(RULES[rule].uses)):
-        field = AggregatorSettings.model_fields[name]
-        if name in settings.model_fields_set and getattr(settings, name) != field.default:
-            takers = ", ".join(other for other, spec in RULES.items() if name in spec.uses)
-            problems.append(f"{PREFIX}{name.upper()} means nothing to rule {rule}; it belongs to {takers}")
-    return problems
-
-
-def _robust_problems(settings: AggregatorSettings, rule: str) -> list[str]:
-    """Say what of the defences does not go together, or not with the rule."""
-    stages = choices.parse_pipeline(settings.robust, ROBUST)
-    names = [stage.name for stage in stages]
-    problems = []
-    combiners = [name for name in names if name in COMBINERS]
-    order = [0 if name in GUARDS else 1 if name == "bucketing" else 2 for name in names]
-    if len(set(names)) < len(names) or len(combiners) > 1 or order != sorted(order):
-        problems.append(
-            f"FEDMQ_ROBUST={settings.robust}: guards come first ({', '.join(GUARDS)}), then bucketing, then one of "
-            f"{', '.join(COMBINERS)}, each at most once"
-        )
-    if "bucketing" in names and not combiners:
-        problems.append(f"FEDMQ_ROBUST: bucketing prepares for one of {', '.join(COMBINERS)}: add one behind it")
-    if (combiners or set(names) & set(SLOTS)) and rule not in AVERAGING:
-        problems.append(
-            f"FEDMQ_ROBUST={settings.robust} looks at a whole buffer; rule {rule} has none: "
-            f"choose one of {', '.join(AVERAGING)}"
-        )
-    trusting = [name for name in names if name in TRUSTED]
-    if bool(trusting) != bool(settings.trusted_client):
-        problems.append(
-            f"FEDMQ_TRUSTED_CLIENT={settings.trusted_client!r}: {' and '.join(TRUSTED)} compare with the updates of "
-            "one worker that trains on the server's own data; give both or neither"
-        )
-    bucket = next((int(stage["size"]) for stage in stages if stage.name == "bucketing"), 1)
-    rows = -(-settings.buffer_size // bucket)
-    for stage in stages:
-        if stage.name not in ("krum", "multi_krum"):
-            continue
-        attackers = int(stage["attackers"])
-        least = 2 * attackers + 3
-        if rows < least:
-            problems.append(
-                f"{stage.name} against {attackers} attackers needs at least 2 x {attackers} + 3 = {least} updates to "
-                f"choose from, there are {rows}: raise FEDMQ_BUFFER_SIZE to {least * bucket}"
-            )
-        elif stage.name == "multi_krum" and int(stage["chosen"]) > rows - attackers - 2:
-            problems.append(
-                f"multi_krum chooses at most {rows} - {attackers} - 2 = {rows - attackers - 2} updates, not "
-                f"{int(stage['chosen'])}"
-            )
+    for name in sorted((optional - set(RULES[rule].uses)) & settings.model_fields_set):
+        takers = ", ".join(other for other, spec in RULES.items() if name in spec.uses)
+        problems.append(f"{PREFIX}{name.upper()} means nothing to FEDMQ_RULE={rule}; it belongs to rule {takers}")
     return problems
 
 
@@ -254,7 +218,7 @@ class WorkerSettings(Settings):
     """A worker's settings."""
 
     client_id: Identifier = Field(default_factory=_default_client, description="this worker's id; the host's name")
-    task: str = Field("", description="file with build() and train(), or a built-in: digits, mnist")
+    task: str = Field("", description="file with build() and train(), or a built-in: digits, mnist, ...")
     task_settings: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description="for the task, as a=1,b=2 or JSON"
     )
@@ -275,7 +239,7 @@ class WorkerSettings(Settings):
 class EvaluatorSettings(Settings):
     """The evaluator's settings."""
 
-    task: str = Field("", description="file with build() and evaluate(), or a built-in: digits, mnist")
+    task: str = Field("", description="file with build() and evaluate(), or a built-in: digits, mnist, ...")
     task_settings: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description="for the task, as a=1,b=2 or JSON"
     )
@@ -323,7 +287,8 @@ def parse_pairs(given: Any) -> Any:
     text = str(given)
     if text.lstrip().startswith("{"):
         return {str(key): str(value) for key, value in json.loads(text).items()}
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    parts = re.split(r",(?![^()]*\))", text)  # not inside brackets: partition=rare(2, 0.2)
+    pairs = [part.partition("=") for part in parts if part.strip()]
     if not all(equals for _, equals, _ in pairs):
         raise ValueError(f"{text!r} is not of the form a=1,b=2")
     return {key.strip(): value.strip() for key, _, value in pairs}

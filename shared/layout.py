@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,33 +72,7 @@ class Layout:
         Raises:
             SettingsError: a type that is neither float, integer nor bool, a repeated name, no float at all.
         """
-        floats: list[TensorSpec] = []
-        kept: list[tuple[str, tuple[int, ...], str]] = []
-        names: set[str] = set()
-        offset = 0
-        for name, shape, dtype in shapes:
-            if name in names or not 0 < len(name) <= NAME_CHARS_MAX or len(names) >= TENSORS_MAX:
-                raise SettingsError(
-                    f"tensor {name!r}: names must be unique, 1 to {NAME_CHARS_MAX} characters, at most {TENSORS_MAX}"
-                )
-            names.add(name)
-            if dtype in FLOAT_BYTES:
-                floats.append(TensorSpec(name, tuple(shape), dtype, "average", offset))
-                offset += floats[-1].size
-            elif dtype in KEPT_BYTES:
-                kept.append((name, tuple(shape), dtype))
-            else:
-                raise SettingsError(
-                    f"tensor {name!r} is {dtype}: FedMQ averages floats and keeps integers and booleans"
-                )
-        if not 0 < offset <= NUM_PARAMS_MAX:
-            raise SettingsError(f"the model has {offset} floating-point parameters; 1 to {NUM_PARAMS_MAX} are needed")
-        kept_specs: list[TensorSpec] = []
-        offset = 0
-        for name, shape, dtype in sorted(kept, key=lambda item: -KEPT_BYTES[item[2]]):  # stable: aligned
-            kept_specs.append(TensorSpec(name, shape, dtype, "keep", offset))
-            offset += kept_specs[-1].size * KEPT_BYTES[dtype]
-        return cls(tuple(floats + kept_specs))
+        return _laid_out(tuple((name, tuple(shape), dtype) for name, shape, dtype in shapes))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Layout":
@@ -155,6 +129,36 @@ class Layout:
     def unflatten(self, flat: Vector) -> dict[str, Vector]:
         """Return name -> view into `flat` with the tensor's shape; nothing is copied."""
         return {t.name: flat[t.offset : t.offset + t.size].reshape(t.shape) for t in self.averaged}
+
+
+@lru_cache(maxsize=16)  # a worker's model has the same tensors after every training, and the hash is not computed anew
+def _laid_out(shapes: tuple[tuple[str, tuple[int, ...], str], ...]) -> Layout:
+    """Lay tensors out, as of `Layout.of`."""
+    floats: list[TensorSpec] = []
+    kept: list[tuple[str, tuple[int, ...], str]] = []
+    names: set[str] = set()
+    offset = 0
+    for name, shape, dtype in shapes:
+        if name in names or not 0 < len(name) <= NAME_CHARS_MAX or len(names) >= TENSORS_MAX:
+            raise SettingsError(
+                f"tensor {name!r}: names must be unique, 1 to {NAME_CHARS_MAX} characters, at most {TENSORS_MAX}"
+            )
+        names.add(name)
+        if dtype in FLOAT_BYTES:
+            floats.append(TensorSpec(name, shape, dtype, "average", offset))
+            offset += floats[-1].size
+        elif dtype in KEPT_BYTES:
+            kept.append((name, shape, dtype))
+        else:
+            raise SettingsError(f"tensor {name!r} is {dtype}: FedMQ averages floats and keeps integers and booleans")
+    if not 0 < offset <= NUM_PARAMS_MAX:
+        raise SettingsError(f"the model has {offset} floating-point parameters; 1 to {NUM_PARAMS_MAX} are needed")
+    kept_specs: list[TensorSpec] = []
+    offset = 0
+    for name, shape, dtype in sorted(kept, key=lambda item: -KEPT_BYTES[item[2]]):  # stable: aligned
+        kept_specs.append(TensorSpec(name, shape, dtype, "keep", offset))
+        offset += kept_specs[-1].size * KEPT_BYTES[dtype]
+    return Layout(tuple(floats + kept_specs))
 
 
 def difference(mine: Layout, theirs: Layout) -> str:

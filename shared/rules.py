@@ -3,13 +3,15 @@
 Settings are checked against these tables in every program; the arithmetic itself is in `aggregator/`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shared.choices import Number, Table
+from shared.choices import Choice, Number, Table
 
 _BETA1 = Number(0.9, 0, 1, below=True)
 _BETA2 = Number(0.99, 0, 1, below=True)
+_EPSILON = Number(1e-3, 1e-12)  # its square is v at first: below 1e-19 it would be 0 in float32
 _COUNT = Number(None, 1, 100_000, whole=True)
 
 STALENESS: Table = {
@@ -21,9 +23,9 @@ STALENESS: Table = {
 SERVER_OPTIMIZERS: Table = {
     "sgd": {},
     "momentum": {"beta": _BETA1},
-    "adagrad": {"epsilon": Number(1e-3, above=True)},
-    "adam": {"beta1": _BETA1, "beta2": _BETA2, "epsilon": Number(1e-3, above=True)},
-    "yogi": {"beta1": _BETA1, "beta2": _BETA2, "epsilon": Number(1e-3, above=True)},
+    "adagrad": {"epsilon": _EPSILON},
+    "adam": {"beta1": _BETA1, "beta2": _BETA2, "epsilon": _EPSILON},
+    "yogi": {"beta1": _BETA1, "beta2": _BETA2, "epsilon": _EPSILON},
 }
 ADAPTIVE = ("adagrad", "adam", "yogi", "fadas")  # their step does not shrink with the delta: another default server_lr
 ADAPTIVE_LR = 0.01
@@ -51,7 +53,7 @@ RULES: dict[str, RuleSpec] = {
         (*_BUFFERED, "staleness", "weight_by_samples"),
         {
             "steps": Number(0, 0, 1e9),  # tau_eff; 0: the mean of the buffer's own
-            "momentum": Number(0, 0, 1, below=True),
+            "momentum": Number(0, 0, 0.9999),  # nearer to 1, a is lost to rounding
             "proximal": Number(0, 0, 1, below=True),  # local lr times mu
         },
     ),
@@ -61,12 +63,13 @@ RULES: dict[str, RuleSpec] = {
     ),
     "fadas": RuleSpec(
         ("buffer_size", "server_lr", "robust"),
-        {"delay": Number(1, 0), "beta1": _BETA1, "beta2": _BETA2, "epsilon": Number(1e-8, above=True)},
+        {"delay": Number(1, 0), "beta1": _BETA1, "beta2": _BETA2, "epsilon": Number(1e-8, 1e-12)},
     ),
     "ca2fl": RuleSpec(("buffer_size", "server_lr", "server_optimizer", "robust", "clients")),
     "ace": RuleSpec(("server_lr", "server_optimizer", "robust", "clients")),
     "aced": RuleSpec(
-        ("server_lr", "server_optimizer", "robust", "clients"), {"staleness": Number(10, 0, 100_000, whole=True)}
+        ("server_lr", "server_optimizer", "robust", "clients"),
+        {"staleness": Number(0, 0, 100_000, whole=True)},  # 0: 2 x clients
     ),
     "area": RuleSpec(("buffer_size", "clients")),
     "ringleader": RuleSpec(("server_lr", "server_optimizer", "robust", "clients")),
@@ -74,13 +77,13 @@ RULES: dict[str, RuleSpec] = {
 RULE_TABLE: Table = {name: spec.parameters for name, spec in RULES.items()}
 AVERAGING = ("fedbuff", "fedavg", "fednova", "rescaled", "fadas")  # a buffer's mean: a robust one may take its place
 
-ROBUST: Table = {  # guards look at one update, in this order; then the buffer may be bucketed, then combined
+ROBUST: Table = {  # guards look at one update, in the order given; then the buffer may be bucketed, then combined
     "norm": {"limit": Number(None, above=True, high=1e11)},
-    "norm_median": {"factor": Number(2, above=True), "window": Number(100, 2, 10_000, whole=True)},
+    "norm_median": {"factor": Number(2, above=True), "window": Number(100, 10, 10_000, whole=True)},
     "zeno": {"rho": Number(0.002, 0), "epsilon": Number(0.1, 0), "rate": Number(1, above=True)},
     "aflguard": {"distance": Number(1.5, above=True)},
     "one_slot": {},
-    "throttle": {"q": Number(1.5, 1, 1e6, above=True)},
+    "throttle": {"q": Number(1.5, 1.01, 1e6)},
     "bucketing": {"size": Number(2, 2, 1000, whole=True)},
     "median": {},
     "trimmed_mean": {"share": Number(0.2, 0, 0.5, below=True)},
@@ -92,3 +95,127 @@ GUARDS = ("norm", "norm_median", "zeno", "aflguard", "one_slot", "throttle")
 SLOTS = ("one_slot", "throttle")  # guards that count a client's updates in the open buffer
 TRUSTED = ("zeno", "aflguard")  # guards that compare with the updates of FEDMQ_TRUSTED_CLIENT
 COMBINERS = ("median", "trimmed_mean", "krum", "multi_krum", "centered_clipping")
+
+
+def bucket_count(rows: int, size: int) -> int:
+    """Return how many buckets of at most `size` rows there are: ceil(rows / size)."""
+    return -(-rows // size)
+
+
+def trimmed_rows(share: float, rows: int) -> int:
+    """Return how many rows are trimmed on each side: floor(share * rows); 0.29 of 100 are 29, not 28.999..."""
+    return min(int(share * rows + 1e-9), (rows - 1) // 2)
+
+
+def krum_chosen(rows: int, attackers: int, chosen: int) -> int:
+    """Return how many rows Multi-Krum averages: `chosen`, or where that is 0 as many as may be, K - f - 2."""
+    return chosen or rows - attackers - 2
+
+
+def robust_problems(
+    stages: Sequence[Choice], rule: str, buffer_size: int, by_samples: bool, trusted_client: str
+) -> list[str]:
+    """Say what of the defences does not go together, with the rule or with the buffer.
+
+    Args:
+        stages: of FEDMQ_ROBUST, each checked by itself.
+        rule: the rule's name.
+        buffer_size: FEDMQ_BUFFER_SIZE.
+        by_samples: FEDMQ_WEIGHT_BY_SAMPLES.
+        trusted_client: FEDMQ_TRUSTED_CLIENT, "" where there is none.
+
+    Returns:
+        One message a problem, each with what to change.
+    """
+    names = [stage.name for stage in stages]
+    bucket = next((int(stage["size"]) for stage in stages if stage.name == "bucketing"), 1)
+    return [
+        *_order_problems(names),
+        *_rule_problems(names, rule, by_samples),
+        *_trust_problems(names, trusted_client),
+        *(problem for stage in stages for problem in _row_problems(stage, bucket_count(buffer_size, bucket), bucket)),
+    ]
+
+
+def _order_problems(names: Sequence[str]) -> list[str]:
+    """Guards, throttle last as it weighs down what others would measure, then bucketing, then a combiner."""
+    problems = []
+    places = [1 if n == "throttle" else 2 if n == "bucketing" else 3 if n in COMBINERS else 0 for n in names]
+    twice = len(set(names)) < len(names) or set(SLOTS) <= set(names) or places.count(3) > 1
+    if places != sorted(places) or twice:
+        problems.append(
+            f"FEDMQ_ROBUST={' | '.join(names)}: first guards ({', '.join(n for n in GUARDS if n != 'throttle')}), then "
+            f"throttle unless there is one_slot, then bucketing, then one of {', '.join(COMBINERS)}, each at most once"
+        )
+    if 2 in places and 3 not in places:
+        problems.append(f"FEDMQ_ROBUST: bucketing prepares for one of {', '.join(COMBINERS)}: add one behind it")
+    if "throttle" in names and 3 in places:
+        problems.append(
+            f"FEDMQ_ROBUST: throttle lets a client into the buffer several times, {names[places.index(3)]} takes every "
+            "update for another client's: use one_slot instead of throttle"
+        )
+    return problems
+
+
+def _rule_problems(names: Sequence[str], rule: str, by_samples: bool) -> list[str]:
+    """Not every rule has a buffer, or can scale an update up."""
+    problems = []
+    whole = [name for name in names if name in (*COMBINERS, *SLOTS)]
+    if whole and rule not in AVERAGING:
+        problems.append(
+            f"FEDMQ_ROBUST: {', '.join(whole)} {'goes' if len(whole) == 1 else 'go'} with the mean of a buffer, and "
+            f"rule {rule} takes none: choose FEDMQ_RULE from {', '.join(AVERAGING)}"
+        )
+    if "zeno" in names and rule == "fedasync":
+        problems.append(
+            "FEDMQ_ROBUST: zeno scales an update, fedasync mixes whole models: use aflguard, or another FEDMQ_RULE"
+        )
+    combiners = [name for name in names if name in COMBINERS]
+    if combiners and by_samples:
+        problems.append(
+            f"FEDMQ_WEIGHT_BY_SAMPLES=true: {combiners[0]} bounds what a lie can do, and a client itself says how many "
+            "samples it has; leave it at false"
+        )
+    return problems
+
+
+def _trust_problems(names: Sequence[str], trusted_client: str) -> list[str]:
+    trusting = [name for name in names if name in TRUSTED]
+    if trusting and not trusted_client:
+        return [
+            f"FEDMQ_TRUSTED_CLIENT must be given for {' and '.join(trusting)}: the id of a worker that trains on the "
+            "server's own data"
+        ]
+    if trusted_client and not trusting:
+        return [
+            f"FEDMQ_TRUSTED_CLIENT={trusted_client} does nothing without {' or '.join(TRUSTED)} in FEDMQ_ROBUST; its "
+            "updates would not be used"
+        ]
+    return []
+
+
+def _row_problems(stage: Choice, rows: int, bucket: int) -> list[str]:
+    """Say whether a combiner has rows enough: of the buffer, or of its buckets."""
+    least, numbers = least_rows(stage), stage.numbers
+    if rows < least:
+        of = f" in buckets of {bucket}" if bucket > 1 else ""
+        return [
+            f"FEDMQ_ROBUST={stage} needs at least {least} {'buckets' if bucket > 1 else 'updates'} to choose from, "
+            f"there are {rows}{of}: raise FEDMQ_BUFFER_SIZE to {(least - 1) * bucket + 1}"
+        ]
+    if stage.name == "trimmed_mean" and not trimmed_rows(numbers["share"], rows):
+        return [
+            f"FEDMQ_ROBUST={stage} trims none of {rows}: share must be in [{math.ceil(1e4 / rows) / 1e4:g}, 0.5) to "
+            "trim one on each side"
+        ]
+    if stage.name == "multi_krum" and numbers["chosen"] > rows - numbers["attackers"] - 2:
+        most = rows - int(numbers["attackers"]) - 2
+        return [f"FEDMQ_ROBUST={stage}: chosen must be in [1, {rows} - attackers - 2 = {most}], or 0 for {most}"]
+    return []
+
+
+def least_rows(stage: Choice) -> int:
+    """Return how many rows a combiner needs to be a defence: 2 f + 3 for Krum, 3 where extremes are left out."""
+    if stage.name in ("krum", "multi_krum"):
+        return 2 * int(stage["attackers"]) + 3
+    return 3 if stage.name in ("median", "trimmed_mean") else 1

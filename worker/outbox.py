@@ -62,7 +62,8 @@ class Outbox:
             self.incarnation: str = known.get("incarnation") or uuid.uuid4().hex[:12]
             numbered = [name for name in names if name[0].isdigit()]
             self.next_sequence = max([int(known.get("next_sequence", 0)), *(_sequence(name) + 1 for name in numbered)])
-            self._write_state()
+            if known != self._state():
+                self._write_state()
             sizes = {name: self.folder.size(name) for name in numbered if name.endswith((UPDATE, SENT))}
             self._waiting = {_sequence(name): (name, size) for name, size in sizes.items() if name.endswith(UPDATE)}
             self._sent = {_sequence(name): size for name, size in sizes.items() if name.endswith(SENT)}
@@ -191,9 +192,11 @@ class Outbox:
     def _id(self, sequence: int) -> str:
         return f"{self.client}/{self.incarnation}/{sequence}"
 
+    def _state(self) -> dict[str, str | int]:
+        return {"incarnation": self.incarnation, "next_sequence": self.next_sequence}
+
     def _write_state(self) -> None:
-        state = {"incarnation": self.incarnation, "next_sequence": self.next_sequence}
-        self.folder.write(STATE, json.dumps(state).encode())
+        self.folder.write(STATE, json.dumps(self._state()).encode())
 
 
 def _name(sequence: int, suffix: str) -> str:

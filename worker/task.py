@@ -22,9 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import SettingsError, TaskError
+from shared.layout import Layout
 from shared.model_image import ModelImage
+from shared.vector import Vector
 
-BUILT_IN = {"digits": "worker.tasks.digits", "mnist": "worker.tasks.mnist"}
+BUILT_IN = {
+    name: f"worker.tasks.{name}" for name in ("digits", "mnist", "mnist_wide", "mnist_mlp", "shakespeare", "mushrooms")
+}
 
 Model = Any  # torch.nn.Module, or a dict of numpy arrays
 
@@ -135,11 +139,23 @@ class Task:
 
 def read(model: Model) -> ModelImage:
     """Copy a model's tensors into an image."""
+    return ModelImage.of(*_arrays(model))
+
+
+def read_weights(model: Model) -> tuple[Layout, Vector]:
+    """Copy a model's averaged tensors into a flat vector; return also which tensors the model has."""
+    arrays, dtypes = _arrays(model)
+    layout = Layout.of((name, array.shape, dtypes[name]) for name, array in arrays.items())
+    return layout, layout.flatten(arrays)
+
+
+def _arrays(model: Model) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+    """Return a model's tensors, not copied where they are numpy's already, and their declared types."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     dtypes: dict[str, str] = {}
     for name, tensor in _tensors(model).items():
         arrays[name], dtypes[name] = _to_numpy(tensor)
-    return ModelImage.of(arrays, dtypes)
+    return arrays, dtypes
 
 
 def write(model: Model, image: ModelImage) -> None:

@@ -15,7 +15,7 @@ from shared.layout import Layout, difference
 from shared.messages import METRICS_MAX, NAME_CHARS_MAX, NUM_SAMPLES_MAX, NUM_STEPS_MAX
 from shared.model_image import ModelImage
 from shared.vector import NORM_MAX, Vector, squared_norm
-from worker.task import Context, Model, Task, TrainResult, read, write
+from worker.task import Context, Model, Task, TrainResult, read, read_weights, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +80,12 @@ class Trainer:
         write(self._model, base)
         # A half-precision model holds the base only as rounded: the delta is relative to what training started from.
         exact = all(spec.dtype == "float32" for spec in layout.averaged)
-        start = base.weights if exact else read(self._model).weights
+        start = base.weights if exact else read_weights(self._model)[1]
         seed_everything(training.context.seed)
         result = _checked(self.task.train(self._model, training.context), name)
-        after = read(self._model)
-        if after.layout != base.layout:
-            raise TaskError(f"train() of {name} changed the model's tensors: {difference(after.layout, base.layout)}")
-        delta = after.weights
+        after, delta = read_weights(self._model)
+        if after != base.layout:
+            raise TaskError(f"train() of {name} changed the model's tensors: {difference(after, base.layout)}")
         delta -= start
         norm = math.sqrt(squared_norm(delta))
         if not norm <= NORM_MAX:  # nor NaN
@@ -103,6 +102,7 @@ class Trainer:
         """
         assert image.layout == self.layout, "the task's own"  # noqa: S101
         write(self._model, image)
+        seed_everything(0)  # whatever was trained here before: the same weights, the same numbers
         return self.task.evaluate(self._model, Context("", version, 0, settings))
 
 

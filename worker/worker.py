@@ -3,9 +3,9 @@
 pull -> train -> delta -> + residual -> compress -> encode -> outbox        (publishing: see publisher.py)
 """
 
+import hashlib
 import logging
 import threading
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -226,13 +226,18 @@ class Worker:
         return self._trainer.layout
 
     @property
+    def _rule(self) -> str:
+        """Name of the job's rule, without its parameters."""
+        return str(self._job.get("rule", "")).partition("(")[0].strip()
+
+    @property
     def _area(self) -> bool:
         """Whether updates are differences to what this worker sent before (rule area), not to the pulled weights."""
-        return bool(self._job.get("rule") == "area")
+        return self._rule == "area"
 
     def _waits_for_the_round(self) -> bool:
         """In synchronous rounds a worker takes part once: it waits for the next version."""
-        return bool(self._job.get("rule") == "fedavg") and self._trained == self._version
+        return self._rule == "fedavg" and self._trained == self._version
 
     def _start(self) -> Vector:
         """Return the weights of version 0, which all memories of rule area start from."""
@@ -270,8 +275,8 @@ class Worker:
 
     def _context(self) -> Context:
         settings = self.settings
-        stream = (settings.seed, zlib.crc32(settings.client_id.encode()), self._outbox.next_sequence)
-        seed = int(np.random.SeedSequence(stream).generate_state(1, np.uint32)[0])
+        stream = f"{settings.seed} {settings.client_id} {self._outbox.next_sequence}"
+        seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "little")
         return Context(settings.client_id, self._version, seed, settings.task_settings, self.stop.is_set)
 
     def _say(self, message: str) -> None:

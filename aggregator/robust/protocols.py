@@ -14,13 +14,27 @@ Rows = npt.NDArray[np.float32]  # [updates, n]
 
 
 class Guard(Protocol):
-    """Looks at one update before the rule does. Pure: changes nothing but `State.facts` and `State.kept`."""
+    """Looks at one update before the rule does."""
 
     def weigh(self, state: State, arrival: Arrival) -> float:
-        """Return what is left of the update: a factor in [0, 1], or above 1 where it is scaled up to a known norm.
+        """Return what is left of the update, a factor; changes nothing.
+
+        Args:
+            state: before the update.
+            arrival: the update; `weight` is what the guards before left of it, without its staleness, so that
+                weight * delta is what this one judges.
+
+        Returns:
+            In [0, 1], or above 1 where the update is scaled up to a known norm.
 
         Raises:
             RejectedUpdate: it is not used at all.
+        """
+
+    def applied(self, state: State, arrival: Arrival) -> None:
+        """Note that the update this guard weighed last was taken in; changes `State.facts` at most.
+
+        What is rejected later, by another guard or by the rule, must leave no trace: it costs nothing to send.
         """
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from aggregator.arrival import Arrival
-from aggregator.state import State
+from aggregator.state import Contribution, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,15 @@ class Needs:
     start: bool = False
 
 
+NEEDS_NOTHING = Needs()
+
+
 class Rule(Protocol):
-    """Pure arithmetic: no clock, no I/O but reading `State.kept`; only the state is changed, in place."""
+    """Pure arithmetic: no clock, no I/O but reading `State.kept`; only the state is changed, in place.
+
+    A read of `State.kept` may find no server. So all reading is done in `fold`, before anything is changed: the same
+    update is then folded again. `advance` does not read.
+    """
 
     @property
     def name(self) -> str:
@@ -56,7 +63,28 @@ class Rule(Protocol):
 
         Raises:
             RejectedUpdate: this rule cannot use it; then nothing was changed.
+            StoreUnavailable: the store did not answer; then nothing was changed.
         """
 
     def advance(self, state: State) -> bool:
         """Make the next version if enough is buffered, in place; tell whether it did."""
+
+
+def note(state: State, arrival: Arrival, weight: float, mass: float = 1.0) -> float:
+    """Write an update into the open buffer; return its weight.
+
+    Args:
+        state: changed.
+        arrival: the update.
+        weight: factor its delta was given.
+        mass: its share in the divisor.
+    """
+    state.buffer.append(Contribution(arrival.update.update_id, arrival.staleness, weight, mass))
+    return weight
+
+
+def begin_next_version(state: State) -> bool:
+    """Close the open buffer and count one version up; return True."""
+    state.buffer.clear()
+    state.version += 1
+    return True

@@ -1,6 +1,7 @@
 """The store port inside one process: same guarantees, bytes all the same, no server."""
 
 import json
+import math
 import threading
 from collections import deque
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -34,13 +35,13 @@ class InProcessStore:
         self._arrays: dict[str, Vector] = {}
         self._state = b""
         self._applied: dict[str, int] = {}
-        self._job = "{}"
+        self._job: dict[str, Any] = {}
         self._snapshots: dict[int, tuple[SnapshotEntry, bytes]] = {}
         self._deltas: dict[int, tuple[DeltaEntry, bytes]] = {}
         self._kept: MutableMapping[str, bytes] = {} if kept is None else kept
         self._outcomes: dict[str, deque[tuple[int, list[tuple[str, str]]]]] = {}
         self.ledger: list[dict[str, Any]] = []
-        self.clients: dict[str, dict[str, Any]] = {}
+        self._clients: dict[str, str] = {}
         self.meta: dict[int, dict[str, str]] = {}
 
     def head(self) -> Head | None:
@@ -64,13 +65,18 @@ class InProcessStore:
 
     def job(self) -> dict[str, Any]:
         """Return what was announced."""
-        announced: dict[str, Any] = json.loads(self._job)
-        return announced
+        return dict(self._job)
 
-    def outcomes(self, client: str, after: int) -> tuple[list[tuple[str, str]], int]:
-        """Return what became of a client's updates after a revision."""
+    @property
+    def clients(self) -> dict[str, dict[str, Any]]:
+        """What is known of each client."""
         with self._lock:
-            entries = [entry for entry in self._outcomes.get(client, ()) if entry[0] > after]
+            return {name: json.loads(text) for name, text in self._clients.items()}
+
+    def outcomes(self, client: str, after: int, up_to: float = math.inf) -> tuple[list[tuple[str, str]], int]:
+        """Return what became of a client's updates after a revision, and up to another."""
+        with self._lock:
+            entries = [entry for entry in self._outcomes.get(client, ()) if after < entry[0] <= up_to]
         return [pair for _, pairs in entries for pair in pairs], entries[-1][0] if entries else after
 
     def published(self, after: int) -> Index:
@@ -118,7 +124,7 @@ class InProcessStore:
 
     def announce(self, job: Mapping[str, Any]) -> None:
         """Write what `job` returns."""
-        self._job = json.dumps(dict(job))
+        self._job = json.loads(json.dumps(dict(job)))
 
     def load(self) -> Stored | None:
         """Return the state of the newest revision."""
@@ -159,10 +165,11 @@ class InProcessStore:
                 else:
                     self._kept[name] = record
             self._applied.update(commit.applied)
-            self._applied = {k: base for k, base in self._applied.items() if base >= commit.applied_floor}
+            if self._applied and min(self._applied.values()) < commit.applied_floor:
+                self._applied = {k: base for k, base in self._applied.items() if base >= commit.applied_floor}
             updates = json.loads(commit.ledger)
             self.ledger.append({"revision": head.revision + 1, "version": commit.version, "updates": updates})
-            self.clients.update({name: json.loads(text) for name, text in commit.clients.items()})
+            self._clients.update(commit.clients)
             for client, pairs in commit.outcomes.items():
                 self._outcomes.setdefault(client, deque(maxlen=OUTCOMES_MAX)).append((head.revision + 1, list(pairs)))
             for version in commit.dropped_versions:
@@ -182,7 +189,7 @@ class InProcessStore:
             return {
                 "head": astuple(self._head), "token": self._token, "models": dict(self._models), "state": self._state,
                 "arrays": {name: array.tobytes() for name, array in self._arrays.items()}, "applied": self._applied,
-                "job": self._job, "clients": self.clients, "meta": self.meta,
+                "job": self._job, "clients": self._clients, "meta": self.meta,
                 "snapshots": [[astuple(entry), file] for entry, file in self._snapshots.values()],
                 "deltas": [[astuple(entry), record] for entry, record in self._deltas.values()],
                 "outcomes": {client: list(pairs) for client, pairs in self._outcomes.items()},
@@ -199,7 +206,7 @@ class InProcessStore:
             self._head, self._token, self._layout = Head(*dump["head"]), dump["token"], layout
             self._models, self._state, self._job = dict(dump["models"]), dump["state"], dump["job"]
             self._arrays = {name: np.frombuffer(array, np.float32) for name, array in dump["arrays"].items()}
-            self._applied, self.clients, self.meta = dump["applied"], dump["clients"], dump["meta"]
+            self._applied, self._clients, self.meta = dump["applied"], dump["clients"], dump["meta"]
             self._snapshots = {entry[0]: (SnapshotEntry(*entry), file) for entry, file in dump["snapshots"]}
             self._deltas = {entry[0]: (DeltaEntry(*entry), record) for entry, record in dump["deltas"]}
             self._outcomes = {

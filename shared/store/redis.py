@@ -21,7 +21,9 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:evaluations        stream  * one entry an evaluation: version, metrics (JSON)
     fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
     fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
-    fedmq:{<job>}:kept:<name>        string  * a record of the rule: a client's last delta, an update of the open buffer
+    fedmq:{<job>}:kept               hash    * name -> "<revision> <pieces>" of the rule's records: a client's last
+                                             delta, an update of the open buffer
+    fedmq:{<job>}:kept:<name>:<r>:<c>  string  * a record as revision r wrote it, cut at 64 MiB; never changes
     fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
 """
 
@@ -41,13 +43,14 @@ from shared.model_image import ModelImage, chunk_count, fill_file, piece_count
 from shared.published import Delta, DeltaEntry, Index, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot
 from shared.store.ports import Commit, Head, Stored
-from shared.store.redis_commit import SCRIPT, commands_of, flat, pieces_of, version_commands
+from shared.store.redis_commit import SCRIPT, KeptEntry, commands_of, flat, pieces_of, version_commands
 from shared.store.redis_link import CONNECT_S_MAX, connect, translated
 from shared.urls import hide_password
 from shared.vector import Vector
 
 ANSWER_S_MAX = 60.0  # 64 MiB over a slow link, or a slow disk's fsync
 STAGE_SECONDS = 3600  # pieces of a commit that never happened
+STAGE_BYTES = 2**20  # staged in one round trip; a larger piece has one to itself
 WAITAOF_MS = 10_000
 EVALUATIONS_MAX = 10_000  # approximately
 EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
@@ -230,15 +233,26 @@ class RedisStore:
                 )
 
     def kept(self, name: str) -> bytes | None:
-        """Return a record of the rule."""
-        with translated(self.url):
-            record = self._redis.get(self._key(f"kept:{name}"))
-        return None if record is None else bytes(record)
+        """Return a record of the rule; read again if a commit came in between."""
+        last: KeptEntry | None = None
+        while True:
+            entry = self._kept_entries([name]).get(name)
+            if entry is None:
+                return None
+            if entry == last:
+                raise SettingsError(
+                    f"record {name!r} of revision {entry.revision} is incomplete; restore the job from a backup, or "
+                    f"delete the keys {self._prefix}* to begin anew"
+                )
+            with translated(self.url), contextlib.suppress(VersionGone):
+                return b"".join([self._chunk(piece) for piece in entry.keys(name)])
+            last = entry
 
     def commit(self, commit: Commit) -> None:
         """Stage the large pieces, then compare-and-set."""
         stage, commands = self._stage(commit.token, pieces_of(commit))
-        commands += commands_of(commit, self._key, self.layout)
+        kept = self._kept_entries(list(commit.kept))  # of another revision only if the script finds a conflict too
+        commands += commands_of(commit, self._key, self.layout, kept)
         answer = self._run(str(commit.expected_revision), commit.token, stage, commands)
         if answer.startswith("conflict"):
             raise VersionConflict(f"expected revision {commit.expected_revision}; the store says: {answer}")
@@ -328,17 +342,34 @@ class RedisStore:
             raise VersionGone(f"the pieces of {name} in the state are damaged: {error}") from error
         return array
 
+    def _kept_entries(self, names: Sequence[str]) -> dict[str, KeptEntry]:
+        """Return where records are stored, of those that there are."""
+        if not names:
+            return {}
+        with translated(self.url):
+            texts = self._redis.hmget(self._key("kept"), names)
+        return {name: KeptEntry.read(text) for name, text in zip(names, texts, strict=True) if text is not None}
+
     def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
-        """Write the large pieces under stage keys; return those and the commands that move them into place."""
+        """Write the large pieces under stage keys; return those and the commands that move them into place.
+
+        Small ones share a round trip: a commit may hold a record of each of a thousand clients.
+        """
         stage: list[str] = []
         commands: list[list[Any]] = []
-        with translated(self.url):
+        waiting_bytes = 0
+        with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
             for name, chunks in pieces.items():
                 for index, chunk in enumerate(chunks):
                     stage.append(self._key(f"stage:{token}:{len(stage)}"))
                     target = self._key(f"{name}:{index}")
-                    self._redis.set(stage[-1], chunk, ex=STAGE_SECONDS)
+                    pipe.set(stage[-1], chunk, ex=STAGE_SECONDS)
                     commands += [["RENAME", stage[-1], target], ["PERSIST", target]]
+                    waiting_bytes += chunk.nbytes
+                    if waiting_bytes >= STAGE_BYTES:
+                        pipe.execute()
+                        waiting_bytes = 0
+            pipe.execute()
         return stage, commands
 
     def _run(self, expected: str, token: str, stage: list[str], commands: list[list[Any]]) -> str:

@@ -7,7 +7,7 @@ last. The answer is taken as a success only when it is durable (`appendfsync alw
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,23 @@ SCRIPT_ARGS_MAX = 1000  # ids per command inside the script: Lua's stack is smal
 Command = list[Any]
 KeyOf = Callable[[str], str]  # short name -> the job's key
 
+
+class KeptEntry(NamedTuple):
+    """Where a record of a rule is stored: pieces under keys of the revision that wrote it, which never change."""
+
+    revision: int
+    pieces: int
+
+    @classmethod
+    def read(cls, text: bytes) -> "KeptEntry":
+        """Read what stands in the `kept` hash: `<revision> <pieces>`."""
+        return cls(*(int(number) for number in text.split()))
+
+    def keys(self, name: str) -> list[str]:
+        """Return the short names of the pieces of a record."""
+        return [f"{_kept(name, self.revision)}:{index}" for index in range(self.pieces)]
+
+
 # KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
 SCRIPT = """
 local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
@@ -40,8 +57,11 @@ return 'done'
 
 
 def pieces_of(commit: Commit) -> dict[str, Iterator[memoryview]]:
-    """Return the short name of everything large in a commit, and its pieces."""
+    """Return the short name of everything large in a commit, and its pieces; records of a rule go as large ones."""
     pieces = {f"state:{name}": _cut_array(array) for name, array in commit.arrays.items()}
+    for name, record in commit.kept.items():
+        if record is not None:
+            pieces[_kept(name, commit.expected_revision + 1)] = cut(np.frombuffer(record, np.uint8))
     if commit.model is None:
         return pieces
     pieces[f"model:{commit.version}"] = commit.model.chunks()
@@ -54,8 +74,17 @@ def pieces_of(commit: Commit) -> dict[str, Iterator[memoryview]]:
     return pieces
 
 
-def commands_of(commit: Commit, key: KeyOf, layout: Callable[[], Layout]) -> list[Command]:
-    """Return the commands that make a commit visible once its pieces are in place; the head moves last."""
+def commands_of(
+    commit: Commit, key: KeyOf, layout: Callable[[], Layout], kept: Mapping[str, KeptEntry]
+) -> list[Command]:
+    """Return the commands that make a commit visible once its pieces are in place; the head moves last.
+
+    Args:
+        commit: what to commit.
+        key: short name -> the job's key.
+        layout: the job's.
+        kept: where the records that change are stored at the expected revision.
+    """
     revision = commit.expected_revision + 1
     commands: list[Command] = [["SET", key("state"), commit.state]]
     members = [part for update_id, base in commit.applied.items() for part in (base, update_id)]
@@ -70,6 +99,7 @@ def commands_of(commit: Commit, key: KeyOf, layout: Callable[[], Layout]) -> lis
         told = ["updates", json.dumps(pairs)]
         commands.append(["XADD", key(f"outcomes:{client}"), "MAXLEN", "~", OUTCOMES_MAX, f"{revision}-0", *told])
         commands.append(["EXPIRE", key(f"outcomes:{client}"), OUTCOMES_SECONDS])
+    commands += _kept_commands(commit, key, kept)
     for version in commit.dropped_versions:
         commands.append(["DEL", *_keys(key, f"model:{version}", chunk_count(layout()))])
         commands.append(["EXPIRE", key(f"meta:{version}"), META_SECONDS])
@@ -117,6 +147,24 @@ def _publication_commands(publication: Publication, key: KeyOf) -> list[Command]
         text = json.dumps({"dtype": taken.dtype, "bytes": taken.size_bytes})
         commands.append(["HSET", key("snapshots"), taken.version, text])
     return commands
+
+
+def _kept_commands(commit: Commit, key: KeyOf, former: Mapping[str, KeptEntry]) -> list[Command]:
+    """Return the commands that move the index of the rule's records, and remove what it named before."""
+    commands: list[Command] = []
+    revision = commit.expected_revision + 1
+    for name, record in commit.kept.items():
+        if name in former:
+            commands += [["DEL", key(piece)] for piece in former[name].keys(name)]
+        if record is None:
+            commands.append(["HDEL", key("kept"), name])
+        else:
+            commands.append(["HSET", key("kept"), name, f"{revision} {piece_count(len(record))}"])
+    return commands
+
+
+def _kept(name: str, revision: int) -> str:
+    return f"kept:{name}:{revision}"
 
 
 def _facts(publication: Publication) -> dict[str, str]:

@@ -467,7 +467,139 @@ def test_readers_never_see_a_mix(store: Store, small_chunks: int) -> None:
     assert loaded(store).head.revision == 266
 
 
+# Records of the rule
+
+
+def test_records_are_kept_as_they_were_written(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    assert client.kept("a") is None
+    records = {"a": bytes(range(256)), "a:1": b"\0", "client/ü": b"x" * 100_000, "empty": b""}
+    client.commit(commit_of(0, 0, None, kept=records))
+    assert {name: store.open().kept(name) for name in records} == records
+    assert store.open().kept("b") is None
+
+
+def test_a_record_is_replaced_or_dropped_and_the_others_stay(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, kept={"a": b"old", "b": b"stays", "c": b"goes"}))
+    client.commit(commit_of(1, 1, image(1), kept={"a": b"new", "c": None, "never was": None}))
+    client.commit(commit_of(2, 1, None))
+    assert [store.open().kept(name) for name in ("a", "b", "c", "never was")] == [b"new", b"stays", None, None]
+    client.commit(commit_of(3, 1, None, kept={"c": b"back"}))
+    assert store.open().kept("c") == b"back"
+
+
+def test_a_record_may_exceed_a_chunk_and_nothing_is_left_of_a_longer_one(store: Store, small_chunks: int) -> None:
+    client, rng = store.open(), np.random.default_rng(0)
+    client.create(image(0), 1.0)
+    before = len(in_redis_kept(store))
+    for revision, size in enumerate(
+        [10 * small_chunks + 1, 3 * small_chunks, 3 * small_chunks - 1, 1, 0, small_chunks]
+    ):
+        record = rng.bytes(size)
+        client.commit(commit_of(revision, 0, None, kept={"a": record}))
+        assert store.open().kept("a") == record
+        assert len(in_redis_kept(store)) == before + (isinstance(store, InRedis) and 1 + -(-size // small_chunks))
+    client.commit(commit_of(6, 0, None, kept={"a": None}))
+    assert store.open().kept("a") is None
+    assert len(in_redis_kept(store)) == before
+
+
+def in_redis_kept(store: Store) -> list[str]:
+    """Return the keys that hold records; none in process."""
+    return store.keys("kept*") if isinstance(store, InRedis) else []
+
+
+def test_records_of_some_megabytes_and_many_small_ones_fit_a_commit(store: Store) -> None:
+    client, rng = store.open(), np.random.default_rng(0)
+    client.create(image(0), 1.0)
+    records = {f"client-{index}": rng.bytes(index) for index in range(3000)} | {"large": rng.bytes(5 * 2**20)}
+    client.commit(commit_of(0, 0, None, kept=records, arrays={"sum": array(1)}))
+    other = store.open()
+    assert {name: other.kept(name) for name in records} == records
+    client.commit(commit_of(1, 0, None, kept=dict.fromkeys(records)))
+    assert [name for name in records if other.kept(name) is not None] == in_redis_kept(store) == []
+
+
+@pytest.mark.parametrize("rival", [{"a": b"rival's", "b": b"too"}, {"a": None}, {}])
+def test_a_conflicting_commit_leaves_the_records_as_they_are(store: Store, rival: dict[str, bytes | None]) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, kept={"a": b"first"}))
+    client.commit(commit_of(1, 0, None, token="winner", kept=rival))
+    before = store.snapshot()
+    for changes in ({"a": b"late", "c": b"late"}, {"a": None, "b": None}):
+        with pytest.raises(VersionConflict):
+            store.open().commit(commit_of(1, 0, None, token="loser", kept=changes))
+        assert store.snapshot() == before
+    assert store.open().kept("a") == rival.get("a", b"first")
+
+
+def test_a_repeated_commit_leaves_its_records_as_they_are(store: Store, small_chunks: int) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, kept={"a": b"x" * 10 * small_chunks, "b": b"goes"}))
+    commit = commit_of(1, 0, None, kept={"a": b"y" * 3 * small_chunks, "b": None, "c": b"comes"})
+    client.commit(commit)
+    before = store.snapshot()
+    client.commit(commit)  # its answer was lost
+    store.open().commit(commit)
+    assert store.snapshot() == before
+    assert [client.kept(name) for name in "abc"] == [b"y" * 3 * small_chunks, None, b"comes"]
+
+
+def test_a_record_is_read_whole_while_others_are_written(store: Store, small_chunks: int) -> None:
+    store.open().create(image(0), 1.0)
+    store.open().commit(commit_of(0, 0, None, kept={"a": b"\0"}))
+    written, failures = threading.Event(), []
+
+    def read() -> None:
+        client, reads = store.open(), 0
+        while not written.is_set() or not reads:
+            record = client.kept("a")
+            if record is None or len(set(record)) != 1 or len(record) != 1 + (record[0] * small_chunks) % 1000:
+                failures.append(record)
+            reads += 1
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    client = store.open()
+    for revision in range(1, 250):
+        client.commit(
+            commit_of(revision, 0, None, kept={"a": bytes([revision]) * (1 + revision * small_chunks % 1000)})
+        )
+    written.set()
+    for reader in readers:
+        reader.join()
+    assert not failures, failures[:1]
+
+
 # What Redis holds
+
+
+def test_a_record_with_a_lost_piece_is_not_taken_for_a_shorter_one(in_redis: InRedis, small_chunks: int) -> None:
+    client = in_redis.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, kept={"a": b"x" * 10 * small_chunks}))
+    in_redis.plain.delete(in_redis.key("kept:a:1:9"))
+    with pytest.raises(SettingsError, match="record 'a' of revision 1 is incomplete"):
+        client.kept("a")
+
+
+def test_the_keys_of_records_are_those_of_the_contract(in_redis: InRedis, small_chunks: int) -> None:
+    client = in_redis.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, kept={"a": b"first", "b": b"stays"}))
+    client.commit(commit_of(1, 0, None, kept={"a": b"x" * (small_chunks + 1)}))
+    plain, key = in_redis.plain, in_redis.key
+    assert in_redis.keys("kept*") == ["kept", "kept:a:2:0", "kept:a:2:1", "kept:b:1:0"]
+    assert plain.hgetall(key("kept")) == {b"a": b"2 2", b"b": b"1 1"}
+    assert (plain.get(key("kept:a:2:1")), plain.get(key("kept:b:1:0"))) == (b"x", b"stays")
+    assert all(plain.ttl(key(name)) == -1 for name in in_redis.keys("kept*"))
+    assert in_redis.open().status()["state"]["arrays"] == []
 
 
 def test_the_keys_are_those_of_the_contract(in_redis: InRedis, small_chunks: int) -> None:

@@ -37,6 +37,8 @@ BROKEN = {
     Reason.NOT_FINITE: (spoiled(payload=np.full(7, np.nan, "<f4").tobytes()), "NaN"),
 }
 
+OF_RULES_AND_GUARDS = {Reason.RULE, Reason.SURPLUS, Reason.SUSPICIOUS}  # what they refuse of admitted updates
+
 
 def admission():
     return Admission(JOB, model_of(weights(1)).layout, LIMIT)
@@ -57,10 +59,10 @@ def test_a_sound_update_is_admitted_with_its_delta():
 
 
 def test_every_reason_is_reachable():
-    assert set(BROKEN) == set(Reason)
+    assert set(BROKEN) == set(Reason) - OF_RULES_AND_GUARDS
 
 
-@pytest.mark.parametrize("reason", Reason)
+@pytest.mark.parametrize("reason", BROKEN)
 def test_a_broken_message_is_rejected_with_its_reason_and_the_numbers(reason):
     body, part = BROKEN[reason]
     error = reason_of(body)
@@ -140,11 +142,11 @@ def test_dead_letters_carry_the_bytes_the_reason_and_the_detail():
 def test_each_rejection_is_counted_under_its_reason_and_noted_in_the_ledger():
     system = broken_system()
     system.drain()
-    for reason in Reason:
+    for reason in BROKEN:
         assert system.metrics.rejected.labels(JOB, reason.value)._value.get() == 1
-    assert system.metrics.updates.labels(JOB, "rejected")._value.get() == len(Reason)
+    assert system.metrics.updates.labels(JOB, "rejected")._value.get() == len(BROKEN)
     assert system.metrics.updates.labels(JOB, "applied")._value.get() == 5
-    assert sum(outcome == "rejected" for _, outcome in system.outcomes()) == len(Reason)
+    assert sum(outcome == "rejected" for _, outcome in system.outcomes()) == len(BROKEN)
     assert system.store.clients["a"]["outcome"] == "applied"  # the last word is the last message's
 
 

@@ -14,6 +14,7 @@ from shared.config import (
     parse_pairs,
 )
 from shared.errors import SettingsError
+from shared.rules import RULES, trimmed_rows
 
 
 @pytest.fixture(autouse=True)
@@ -144,24 +145,223 @@ def test_an_unknown_rule_is_reported_beside_other_problems():
 
 
 def test_an_unknown_rule_is_refused():
-    assert "FEDMQ_RULE=fedavg" in problems(flags={"rule": "fedavg"})
+    text = problems(flags={"rule": "fedbuf"})
+    assert "FEDMQ_RULE=fedbuf: must be one of " in text
+    assert text.endswith("did you mean fedbuff?")
+    assert all(rule in text for rule in RULES)
 
 
 @pytest.mark.parametrize(
     ("rule", "name", "value"),
     [("fedasync", "buffer_size", 10), ("fedasync", "server_lr", 1.0), ("fedasync", "weight_by_samples", False),
-     ("fedbuff", "alpha", 0.6)],
+     ("fedasync", "server_optimizer", "sgd"), ("fedbuff", "alpha", 0.6), ("fedbuff", "clients", 0),
+     ("fadas", "staleness", "polynomial(0.5)"), ("ace", "buffer_size", 10), ("area", "robust", "")],
 )  # fmt: skip
 def test_a_setting_of_another_rule_is_refused_even_at_its_default(rule, name, value):
-    text = problems(flags={"rule": rule, name: value})
-    assert f"FEDMQ_{name.upper()}" in text
-    assert f"FEDMQ_RULE={rule}" in text
+    takers = ", ".join(other for other, spec in RULES.items() if name in spec.uses)
+    needed = {"clients": 10} if "clients" in RULES[rule].uses else {}
+    assert problems(flags={"rule": rule, name: value} | needed) == (
+        "these settings need a change:\n"
+        f"  FEDMQ_{name.upper()} means nothing to FEDMQ_RULE={rule}; it belongs to rule {takers}"
+    )
 
 
 def test_contradictions_stand_together():
     text = problems(flags={"rule": "fedasync", "buffer_size": 3, "commit_interval_s": 31, "commit_age_max_s": 30})
-    assert "FEDMQ_BUFFER_SIZE belongs to rule fedbuff" in text
+    assert "FEDMQ_BUFFER_SIZE means nothing to FEDMQ_RULE=fedasync" in text
     assert "FEDMQ_COMMIT_INTERVAL_S=31 exceeds FEDMQ_COMMIT_AGE_MAX_S=30" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "server_lr"),
+    [
+        ({}, 1.0), ({"server_optimizer": "adam"}, 0.01), ({"server_optimizer": " yogi(0.9, 0.99)"}, 0.01),
+        ({"rule": "fadas(delay=2)"}, 0.01), ({"server_optimizer": "momentum"}, 1.0),
+        ({"server_optimizer": "adam", "server_lr": 1.0}, 1.0),
+    ],
+)  # fmt: skip
+def test_the_default_server_lr_is_that_of_the_optimizer(flags, server_lr):
+    assert load(AggregatorSettings, flags).server_lr == server_lr
+
+
+def test_an_optimizer_that_the_rule_does_not_take_is_one_problem_not_two():
+    text = problems(flags={"rule": "fedasync", "server_optimizer": "adam"})
+    assert "FEDMQ_SERVER_OPTIMIZER means nothing" in text
+    assert "FEDMQ_SERVER_LR" not in text
+
+
+def test_rounds_take_no_stale_updates():
+    assert load(AggregatorSettings, {"rule": "fedavg"}).staleness_max == 0
+    assert "FEDMQ_STALENESS_MAX=3: rule fedavg" in problems(flags={"rule": "fedavg", "staleness_max": 3})
+
+
+@pytest.mark.parametrize("rule", [rule for rule, spec in RULES.items() if "clients" in spec.uses])
+def test_rules_that_keep_something_of_every_worker_need_their_number(rule):
+    if rule != "rescaled":
+        assert f"FEDMQ_RULE={rule} keeps something" in problems(flags={"rule": rule})
+    assert load(AggregatorSettings, {"rule": rule, "clients": 10}).clients == 10
+    if "buffer_size" in RULES[rule].uses:
+        text = problems(flags={"rule": rule, "clients": 10, "buffer_size": 11})
+        assert "FEDMQ_BUFFER_SIZE=11 exceeds FEDMQ_CLIENTS=10" in text
+
+
+# --- defences ---------------------------------------------------------------------------------------------------
+
+ORDER = (
+    ": first guards (norm, norm_median, zeno, aflguard, one_slot), then throttle unless there is one_slot, then "
+    "bucketing, then one of median, trimmed_mean, krum, multi_krum, centered_clipping, each at most once"
+)
+
+
+@pytest.mark.parametrize(
+    ("robust", "rest"),
+    [
+        ("", {}), ("norm(1)", {}), ("norm(10) | norm_median | one_slot | bucketing(2) | trimmed_mean(0.2)", {}),
+        ("norm_median(1.5, window=10)", {"rule": "fedasync"}), ("one_slot | norm_median | trimmed_mean(0.3)", {}),
+        ("throttle(1.1)", {}), ("one_slot", {"rule": "fadas"}),
+        ("zeno | aflguard | one_slot", {"trusted_client": "server"}), ("median", {"buffer_size": 3}),
+        ("aflguard(2)", {"trusted_client": "s", "rule": "fedasync"}), ("krum(3)", {"buffer_size": 9}),
+        ("bucketing(2)|krum(1)", {"buffer_size": 9}), ("multi_krum(2, 6)", {}), ("multi_krum(3)", {"buffer_size": 9}),
+        ("trimmed_mean(0.1)", {}), ("trimmed_mean(0.34)", {"buffer_size": 3}), ("norm(1)", {"weight_by_samples": True}),
+        ("centered_clipping(10)", {"buffer_size": 1}), ("norm(1)", {"rule": "ace", "clients": 5}),
+    ],
+)  # fmt: skip
+def test_defences_that_go_together(robust, rest):
+    assert load(AggregatorSettings, {"robust": robust, **rest}).robust == robust
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"robust": "median | norm(1)"}, "FEDMQ_ROBUST=median | norm" + ORDER),
+        ({"robust": "bucketing | one_slot | median"}, "FEDMQ_ROBUST=bucketing | one_slot | median" + ORDER),
+        ({"robust": "throttle | norm(1)"}, "FEDMQ_ROBUST=throttle | norm" + ORDER),
+        ({"robust": "one_slot | throttle"}, "FEDMQ_ROBUST=one_slot | throttle" + ORDER),
+        ({"robust": "norm(1) | norm(2)"}, "FEDMQ_ROBUST=norm | norm" + ORDER),
+        ({"robust": "median | krum(1)"}, "FEDMQ_ROBUST=median | krum" + ORDER),
+        ({"robust": "median | median"}, "FEDMQ_ROBUST=median | median" + ORDER),
+        (
+            {"robust": "norm(1) | bucketing"},
+            "FEDMQ_ROBUST: bucketing prepares for one of median, trimmed_mean, krum, multi_krum, centered_clipping: "
+            "add one behind it",
+        ),
+        (
+            {"robust": "throttle | krum(1)"},
+            "FEDMQ_ROBUST: throttle lets a client into the buffer several times, krum takes every update for another "
+            "client's: use one_slot instead of throttle",
+        ),
+        (
+            {"robust": "median", "rule": "fedasync"},
+            "FEDMQ_ROBUST: median goes with the mean of a buffer, and rule fedasync takes none: choose FEDMQ_RULE from "
+            "fedbuff, fedavg, fednova, rescaled, fadas",
+        ),
+        (
+            {"robust": "one_slot | centered_clipping(1)", "rule": "ca2fl", "clients": 20},
+            "FEDMQ_ROBUST: one_slot, centered_clipping go with the mean of a buffer, and rule ca2fl takes none: choose "
+            "FEDMQ_RULE from fedbuff, fedavg, fednova, rescaled, fadas",
+        ),
+        (
+            {"robust": "zeno", "rule": "fedasync", "trusted_client": "s"},
+            "FEDMQ_ROBUST: zeno scales an update, fedasync mixes whole models: use aflguard, or another FEDMQ_RULE",
+        ),
+        (
+            {"robust": "median", "weight_by_samples": True},
+            "FEDMQ_WEIGHT_BY_SAMPLES=true: median bounds what a lie can do, and a client itself says how many samples "
+            "it has; leave it at false",
+        ),
+        (
+            {"robust": "zeno | aflguard"},
+            "FEDMQ_TRUSTED_CLIENT must be given for zeno and aflguard: the id of a worker that trains on the server's "
+            "own data",
+        ),
+        (
+            {"robust": "norm(1)", "trusted_client": "s"},
+            "FEDMQ_TRUSTED_CLIENT=s does nothing without zeno or aflguard in FEDMQ_ROBUST; its updates would not be "
+            "used",
+        ),
+        (
+            {"rule": "area", "clients": 10, "trusted_client": "s"},
+            "FEDMQ_TRUSTED_CLIENT=s: rule area takes no FEDMQ_ROBUST to use it",
+        ),
+        (
+            {"robust": "krum(4)"},
+            "FEDMQ_ROBUST=krum(attackers=4) needs at least 11 updates to choose from, there are 10: raise "
+            "FEDMQ_BUFFER_SIZE to 11",
+        ),
+        (
+            {"robust": "bucketing(3) | multi_krum(2)"},
+            "FEDMQ_ROBUST=multi_krum(attackers=2, chosen=0) needs at least 7 buckets to choose from, there are 4 in "
+            "buckets of 3: raise FEDMQ_BUFFER_SIZE to 19",
+        ),
+        (
+            {"robust": "median", "buffer_size": 2},
+            "FEDMQ_ROBUST=median needs at least 3 updates to choose from, there are 2: raise FEDMQ_BUFFER_SIZE to 3",
+        ),
+        (
+            {"robust": "trimmed_mean(0.09)"},
+            "FEDMQ_ROBUST=trimmed_mean(share=0.09) trims none of 10: share must be in [0.1, 0.5) to trim one on each "
+            "side",
+        ),
+        (
+            {"robust": "bucketing(3) | trimmed_mean(0.2)"},
+            "FEDMQ_ROBUST=trimmed_mean(share=0.2) trims none of 4: share must be in [0.25, 0.5) to trim one on each "
+            "side",
+        ),
+        (
+            {"robust": "multi_krum(2, 7)"},
+            "FEDMQ_ROBUST=multi_krum(attackers=2, chosen=7): chosen must be in [1, 10 - attackers - 2 = 6], or 0 for 6",
+        ),
+    ],
+)
+def test_defences_that_do_not_go_together_are_one_message(flags, problem):
+    assert problems(flags=flags) == f"these settings need a change:\n  {problem}"
+
+
+def test_the_buffer_size_that_a_message_asks_for_is_enough():
+    for robust, buffer_size in (("krum(4)", 11), ("bucketing(3) | krum(2)", 19), ("median", 3)):
+        load(AggregatorSettings, {"robust": robust, "buffer_size": buffer_size})
+        assert f"raise FEDMQ_BUFFER_SIZE to {buffer_size}" in problems(
+            flags={"robust": robust, "buffer_size": buffer_size - 1}
+        )
+
+
+@pytest.mark.parametrize("rows", [3, 7, 10, 29, 1000, 99_999])
+def test_the_share_that_a_message_asks_for_trims_one_on_each_side(rows):
+    text = problems(flags={"robust": "trimmed_mean(0)", "buffer_size": rows})
+    share = float(text.split("share must be in [")[1].split(",")[0])
+    assert trimmed_rows(share, rows) >= 1
+    load(AggregatorSettings, {"robust": f"trimmed_mean({share})", "buffer_size": rows})
+
+
+@pytest.mark.parametrize(
+    ("robust", "message"),
+    [
+        ("norm", "norm needs limit (a number in (0, 1e+11])"), ("norm(0)", "norm: limit is 0, must be"),
+        ("norm_median(2, 9)", "window is 9, must be a whole number in [10, 10000]"), ("krum", "krum needs attackers"),
+        ("throttle(1)", "throttle: q is 1, must be a number in [1.01, 1e+06]"), ("krum(1.5)", "attackers is 1.5"),
+        ("trimmed_mean(0.5)", "share is 0.5, must be a number in [0, 0.5)"), ("meadian", "did you mean median?"),
+        ("bucketing(1) | median", "size is 1, must be"), ("centered_clipping", "needs radius"), ("|", "must be one of"),
+    ],
+)  # fmt: skip
+def test_a_defence_that_is_none_is_one_message(robust, message):
+    text = problems(flags={"robust": robust})
+    assert text.startswith(f"these settings need a change:\n  FEDMQ_ROBUST={robust}: ")
+    assert message in text
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize("client", ["a b", "a/b", "x" * 65])
+def test_the_trusted_client_is_an_id(client):
+    assert f"FEDMQ_TRUSTED_CLIENT={client}: must be of" in problems(flags={"trusted_client": client, "robust": "zeno"})
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "trimmed"),
+    [(0.29, 100, 29), (0.3, 10, 3), (0.2, 10, 2), (0.1, 10, 1), (0.2, 4, 0), (0.25, 4, 1), (0.49, 3, 1), (0, 10, 0),
+     (0.5 - 1e-12, 4, 1), (0.5 - 1e-12, 100_000, 49_999), (1 / 3, 3, 1)],
+)  # fmt: skip
+def test_rows_trimmed_are_the_floor_of_the_share_and_leave_one(share, rows, trimmed):
+    assert trimmed_rows(share, rows) == trimmed
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,101 @@ def test_the_model_is_in_training_mode():
     model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2)).double().eval()
     local_sgd(model, *examples(), lr=0.1, seed=0, batch_size=5)
     assert int(model[0].num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "sizes"), [(1, 4, [4]), (7, 4, [4, 4, 2, 4, 4, 2, 4]), (3, 99, [10] * 3)]
+)
+def test_so_many_steps_cycle_through_shuffled_epochs(steps, batch_size, sizes):
+    seen = []
+    result = local_sgd(
+        Point([0.0]), torch.arange(10.0)[:, None], torch.arange(10), lr=0.1, seed=2, epochs=50, steps=steps,
+        batch_size=batch_size, loss=lambda output, target: (seen.append(target.tolist()), output.sum())[1],
+    )  # fmt: skip
+    assert [len(batch) for batch in seen] == sizes
+    assert (result.num_samples, result.num_steps) == (10, steps)
+    if steps == 7:
+        first, second = list(chain(*seen[:3])), list(chain(*seen[3:6]))
+        assert sorted(first) == sorted(second) == list(range(10))
+        assert first != second
+
+
+def test_steps_that_make_whole_epochs_are_epochs():
+    models = linear(), linear()
+    by_steps = local_sgd(models[0], *examples(), lr=0.3, seed=4, steps=9, batch_size=4, momentum=0.5)
+    assert by_steps == local_sgd(models[1], *examples(), lr=0.3, seed=4, epochs=3, batch_size=4, momentum=0.5)
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.5, 1e3])
+@pytest.mark.parametrize("proximal", [0.0, 0.7])
+def test_a_gradient_is_cut_to_its_norm_and_the_proximal_term_is_not(clip, proximal):
+    """The norm is of all parameters together; only the loss is clipped."""
+    model, (inputs, targets) = linear(), examples()
+    w, b = (parameter.detach().numpy().copy() for parameter in model.parameters())
+    w0, b0, x, y = w.copy(), b.copy(), inputs.numpy(), np.eye(2)[targets.numpy()]
+    for _ in range(3):
+        logits = x @ w.T + b
+        error = (np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True) - y) / len(x)
+        gw, gb = error.T @ x, error.sum(axis=0)
+        factor = min(1.0, clip / np.sqrt((gw**2).sum() + (gb**2).sum()))
+        w = w - 0.3 * (factor * gw + proximal * (w - w0))
+        b = b - 0.3 * (factor * gb + proximal * (b - b0))
+    local_sgd(model, inputs, targets, lr=0.3, seed=0, epochs=3, batch_size=10, clip=clip, proximal=proximal)
+    np.testing.assert_allclose(model.weight.detach().numpy(), w, rtol=1e-4)  # torch divides by the norm + 1e-6
+    np.testing.assert_allclose(model.bias.detach().numpy(), b, rtol=1e-4)
+
+
+def test_a_clipped_step_has_the_length_asked_for():
+    model = Point([0.0, 0.0])
+    options = {"lr": 1.0, "seed": 0, "clip": 0.25, "loss": lambda output, target: 3 * output[0] - 4 * output[1]}
+    local_sgd(model, torch.zeros(1, 1), torch.zeros(1), **options)
+    np.testing.assert_allclose(model.w.detach().numpy(), [-0.15, 0.2], rtol=1e-5)
+
+
+def test_weighted_examples_follow_their_closed_form():
+    """On 1/2 |w - c_i|^2 the loss by weight has its minimum at the weighted mean of the c_i, and curvature 1."""
+    w0, lr, steps = np.array([1.0, -2.0]), 0.1, 5
+    c, weights = np.array([[5.0, 3.0], [0.0, 1.0], [-4.0, 2.0]]), np.array([0.2, 3.0, 1.0])
+    model = Point(w0)
+    result = local_sgd(
+        model, torch.zeros(3, 1), torch.from_numpy(c), lr=lr, seed=0, epochs=steps, weights=torch.from_numpy(weights),
+        loss=lambda output, target: 0.5 * (output - target) ** 2,
+    )  # fmt: skip
+    best = weights @ c / weights.sum()
+    expected = best + (1 - lr / 2) ** steps * (w0 - best)  # an example's loss is the mean of its two places
+    np.testing.assert_allclose(model.w.detach().numpy(), expected, rtol=1e-12)
+    path = [best + (1 - lr / 2) ** step * (w0 - best) for step in range(steps)]
+    losses = [weights @ (0.25 * (w - c) ** 2).sum(axis=1) / weights.sum() for w in path]
+    assert result.metrics["loss"] == pytest.approx(np.mean(losses))
+
+
+def test_equal_weights_change_nothing_and_integer_weights_are_repetitions():
+    inputs, targets = examples()
+    plain, equal, weighted, repeated = linear(), linear(), linear(), linear()
+    options = {"lr": 0.3, "seed": 1, "epochs": 3, "batch_size": 99}
+    local_sgd(plain, inputs, targets, **options)
+    local_sgd(equal, inputs, targets, weights=torch.full((10,), 7.0, dtype=torch.float64), **options)
+    assert torch.allclose(plain.weight, equal.weight, rtol=1e-12)
+    times = torch.arange(1, 11)
+    local_sgd(weighted, inputs, targets, weights=times.double(), **options)
+    local_sgd(repeated, inputs.repeat_interleave(times, 0), targets.repeat_interleave(times), **options)
+    assert torch.allclose(weighted.weight, repeated.weight, rtol=1e-12)
+    assert not torch.allclose(weighted.weight, plain.weight, rtol=1e-3)
+
+
+def test_weights_go_with_their_examples_into_the_mini_batches():
+    model, inputs, seen = linear(), examples()[0], []
+    local_sgd(
+        model, inputs, torch.arange(10), lr=0.1, seed=3, batch_size=3, weights=torch.arange(1.0, 11.0).double(),
+        loss=lambda output, target: (seen.append(target), output.sum(1))[1],
+    )  # fmt: skip
+    assert [len(batch) for batch in seen] == [3, 3, 3, 1]
+    twin = linear()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for batch in seen:
+        optimizer.zero_grad()
+        weights = batch.double() + 1
+        ((weights * twin(inputs[batch]).sum(1)).sum() / weights.sum()).backward()
+        optimizer.step()
+    assert torch.allclose(model.weight, twin.weight, rtol=1e-12)

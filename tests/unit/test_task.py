@@ -1,12 +1,14 @@
 """Loading a user's task: each way it can go wrong is one message that says where."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import worker.tasks
 from shared.errors import SettingsError, TaskError
 from shared.model_image import ModelImage
 from worker.task import BUILT_IN, Context, Task, TrainResult, read, write
@@ -74,23 +76,28 @@ def test_a_task_may_be_split_over_files(written):
     assert model["w"][0] == 5
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_the_built_in_tasks_load_and_build(name):
-    assert set(BUILT_IN) == {"digits", "mnist"}
     task = Task.load(name, needs=("build", "train", "evaluate"))
     num_params = read(task.build()).layout.num_params
     assert f"{num_params:,} parameters" in task._module.build.__doc__
     assert task.can_evaluate
 
 
+def test_every_built_in_stands_in_the_folder_and_the_other_way_round():
+    folder = Path(worker.tasks.__file__).parent
+    tasks = {path.stem for path in folder.glob("*.py") if "def build(" in path.read_text()}
+    assert tasks == set(BUILT_IN)
+
+
 def test_no_task_at_all():
     assert "--task my_task.py" in problem("")
-    assert "digits, mnist" in problem("")
+    assert ", ".join(BUILT_IN) in problem("")
 
 
 @pytest.mark.parametrize("name", ["nothing.py", "nosuch", "/"])
 def test_a_missing_file_is_named_beside_the_built_ins(name):
-    assert f"no task {name!r}: neither a file nor a built-in (digits, mnist)" in problem(name)
+    assert f"no task {name!r}: neither a file nor a built-in ({', '.join(BUILT_IN)})" in problem(name)
 
 
 def test_a_syntax_error_is_told_with_its_line(written):

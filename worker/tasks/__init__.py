@@ -1,1 +1,1 @@
-"""Two worked tasks: digits (in scikit-learn, no download) and mnist (files under FEDMQ_DATA)."""
+"""The worked tasks: digits comes with scikit-learn, the others read their files under FEDMQ_DATA."""

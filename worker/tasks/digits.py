@@ -1,7 +1,7 @@
 """Handwritten digits, 8 x 8 pixels, from scikit-learn: 1,797 images, the last tenth of a fixed shuffle held out.
 
-Settings: `share` (which worker's data), `shares` (how many workers, default 10), `shards` (label shards each,
-default 3), `epochs` (default 2), `lr` (default 0.1).
+Settings: those of every worked task (`Training` in `worker/tasks/options.py`), with `epochs` 2, `batch` 16 and `lr`
+0.1 by default.
 """
 
 from functools import lru_cache
@@ -9,9 +9,11 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from worker.local_sgd import local_sgd
 from worker.task import Context, TrainResult
-from worker.tasks.partition import label_shards, share_of
+from worker.tasks.classify import measure, train_on
+from worker.tasks.options import Training, dealt, read, share_for
+
+DEFAULTS = Training(epochs=2, batch=16, lr=0.1)
 
 
 def build() -> torch.nn.Module:
@@ -23,23 +25,16 @@ def build() -> torch.nn.Module:
 
 def train(model: torch.nn.Module, context: Context) -> TrainResult:
     """Train on this worker's share."""
-    shares = int(context.settings.get("shares", "10"))
+    options = read(context.settings, DEFAULTS)
     images, labels, _, _ = _data()
-    mine = _shares(shares, int(context.settings.get("shards", "3")))[share_of(context.client, context.settings, shares)]
-    return local_sgd(
-        model, images[mine], labels[mine], lr=float(context.settings.get("lr", "0.1")), seed=context.seed,
-        epochs=int(context.settings.get("epochs", "2")), batch_size=16, stopping=context.stopping,
-    )  # fmt: skip
+    mine = _shares(options.shares, options.partition)[share_for(context.client, options)]
+    return train_on(model, images[mine], labels[mine], options, context)
 
 
 def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     """Measure on the held-out tenth."""
     _, _, images, labels = _data()
-    model.eval()
-    with torch.no_grad():
-        outputs = model(images)
-        loss = torch.nn.functional.cross_entropy(outputs, labels)
-        return {"accuracy": float((outputs.argmax(1) == labels).float().mean()), "loss": float(loss)}
+    return measure(model, images, labels)
 
 
 @lru_cache
@@ -56,5 +51,5 @@ def _data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @lru_cache
-def _shares(shares: int, shards_each: int) -> list[torch.Tensor]:
-    return [torch.from_numpy(part) for part in label_shards(_data()[1].numpy(), shares, shards_each, seed=1)]
+def _shares(shares: int, partition: str) -> list[torch.Tensor]:
+    return [torch.from_numpy(part) for part in dealt(_data()[1].numpy(), shares, partition)]

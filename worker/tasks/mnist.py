@@ -1,22 +1,31 @@
 """MNIST from the standard IDX files in the folder `mnist` under FEDMQ_DATA.
 
-Settings: `share`, `shares` (default 10), `shards` (label shards each, default 3), `samples` (images a worker has,
-default 1000), `epochs` (default 1), `lr` (default 0.05), `batch` (default 20).
+Settings: those of every worked task (`Training` in `worker/tasks/options.py`), and `samples`, the images a worker has
+on average (default 1000; fewer where the 60,000 do not go round). `mnist_wide` and `mnist_mlp` are the same task with
+other models: the model belongs to the task's name, because all who build it must build the same.
 """
 
 import gzip
-import os
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shared.errors import SettingsError
-from worker.local_sgd import local_sgd
 from worker.task import Context, TrainResult
-from worker.tasks.partition import label_shards, share_of
+from worker.tasks.classify import measure, train_on
+from worker.tasks.files import read_bytes
+from worker.tasks.options import Training, dealt, read, share_for
+
+
+@dataclass(frozen=True, slots=True)
+class _Options(Training):
+    samples: int = 1000
+
+
+DEFAULTS = _Options()
 
 
 def build() -> torch.nn.Module:
@@ -32,39 +41,25 @@ def build() -> torch.nn.Module:
 
 def train(model: torch.nn.Module, context: Context) -> TrainResult:
     """Train on this worker's share."""
-    settings = context.settings
-    shares, samples = int(settings.get("shares", "10")), int(settings.get("samples", "1000"))
+    options = read(context.settings, DEFAULTS)
     images, labels = read_part("train")
-    dealt = shares_of(shares, int(settings.get("shards", "3")), samples)
-    mine = dealt[share_of(context.client, settings, shares)]
-    return local_sgd(
-        model, images[mine], labels[mine], lr=float(settings.get("lr", "0.05")), seed=context.seed,
-        epochs=int(settings.get("epochs", "1")), batch_size=int(settings.get("batch", "20")), stopping=context.stopping,
-    )  # fmt: skip
+    dealt_out = shares_of(options.shares, options.partition, options.samples)
+    mine = dealt_out[share_for(context.client, options)]
+    return train_on(model, images[mine], labels[mine], options, context)
 
 
 def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     """Measure on the test images."""
     images, labels = read_part("t10k")
-    model.eval()
-    with torch.no_grad():
-        outputs = model(images)
-        loss = torch.nn.functional.cross_entropy(outputs, labels)
-        return {"accuracy": float((outputs.argmax(1) == labels).float().mean()), "loss": float(loss)}
+    return measure(model, images, labels)
 
 
 def _idx(name: str) -> npt.NDArray[np.uint8]:
     """Read one IDX file of unsigned bytes."""
-    data = os.environ.get("FEDMQ_DATA")
-    if not data:
-        raise SettingsError(
-            "the mnist task reads its files from $FEDMQ_DATA/mnist: set FEDMQ_DATA to that folder's parent"
-        )
-    path = Path(data) / "mnist" / f"{name}.gz"
     try:
-        raw = gzip.decompress(path.read_bytes())
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error}") from error
+        raw = gzip.decompress(read_bytes("mnist", f"mnist/{name}.gz"))
+    except (OSError, EOFError) as error:
+        raise SettingsError(f"$FEDMQ_DATA/mnist/{name}.gz is no gzip file: {error}") from error
     dimensions = raw[3]
     shape = np.frombuffer(raw, ">i4", dimensions, 4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
@@ -79,7 +74,7 @@ def read_part(part: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @lru_cache
-def shares_of(shares: int, shards_each: int, samples: int) -> list[torch.Tensor]:
+def shares_of(shares: int, partition: str, samples: int) -> list[torch.Tensor]:
     """Deal the first `shares * samples` training images; return each share's indices."""
     labels = read_part("train")[1].numpy()[: shares * samples]
-    return [torch.from_numpy(part) for part in label_shards(labels, shares, shards_each, seed=1)]
+    return [torch.from_numpy(part) for part in dealt(labels, shares, partition)]
