@@ -44,7 +44,7 @@ def demo(
     downlink: Annotated[
         str | None, typer.Option(help="off, on or a codec of version deltas [default: on, off with codec none]")
     ] = None,
-    buffer_size: Annotated[int, typer.Option(help="FedBuff's K")] = 10,
+    buffer_size: Annotated[int | None, typer.Option(help="FedBuff's K [default: 10, or all workers]")] = None,
     seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for the report [default: runs/demo]")] = None,
 ) -> None:
@@ -148,6 +148,19 @@ def bench_fuzz(
         run(inputs, seed)
 
 
+@bench_app.command("simulator")
+def bench_simulator(
+    trips: Annotated[int, typer.Option(help="of each run", min=100)] = 3000,
+    out: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
+    repeats: Annotated[int, typer.Option(help="runs per number; the median is shown", min=1)] = 5,
+) -> None:
+    """Measure what a simulated trip costs beside its training, a fleet's memory, and a second process."""
+    with exit_codes():
+        from ops.bench.simulator import run
+
+        run(trips, repeats, out)
+
+
 def _simulate(context: typer.Context, processes: int, out: Path, **given: Any) -> None:
     if context.invoked_subcommand is None:
         with exit_codes():
@@ -181,6 +194,22 @@ def _simulate_options() -> None:
 
 
 _simulate_options()
+
+
+@simulate_app.command("compare")
+def simulate_compare(
+    experiment: Annotated[Path, typer.Argument(help="TOML file: seeds, [base], [grid], [[variant]]")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder; what is finished in it is kept [default: runs/NAME]")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="runs at once; the results are the same", min=1)] = 1,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="also write TensorBoard's event files")] = False,
+) -> None:
+    """Run variants of a simulation with several seeds; leave one table, pictures and CSV files behind."""
+    with exit_codes():
+        from ops.simulation.compare import command
+
+        command(experiment, out, processes, tensorboard)
 
 
 @codecs_app.callback()

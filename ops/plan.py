@@ -37,11 +37,12 @@ class Plan:
     out: Path
 
 
+BUFFER_SIZE = 10  # of FedBuff, where there are as many workers
 DEFAULT_UPDATES = {"digits": 3000, "mnist": 1200}
 
 
 def plan(
-    task: str, updates: int | None, workers: int, codec: str, downlink: str | None, buffer_size: int, seed: int,
+    task: str, updates: int | None, workers: int, codec: str, downlink: str | None, buffer_size: int | None, seed: int,
     out: Path | None,
 ) -> Plan:  # fmt: skip
     """Fill in what depends on the task; the downlink is on unless nothing is compressed at all.
@@ -50,6 +51,7 @@ def plan(
         SettingsError: fewer workers or updates than make sense, or settings that do not fit.
     """
     updates = DEFAULT_UPDATES.get(Path(task).stem, 1000) if updates is None else updates
+    buffer_size = min(BUFFER_SIZE, max(1, workers)) if buffer_size is None else buffer_size
     if workers < 1 or buffer_size < 1 or updates < buffer_size:
         raise SettingsError(
             f"--workers {workers}, --buffer-size {buffer_size}, --updates {updates}: at least 1, 1, one buffer"

@@ -13,6 +13,12 @@ from pathlib import Path
 HELD_BYTES_MAX = 192 * 2**20  # of the clients' files, in memory
 PAGE_CACHE_KIB = 32 * 1024
 
+_PRAGMAS = (
+    "locking_mode=EXCLUSIVE",  # before the journal: two runs must not share a file, nor one slip in between commits
+    "journal_mode=WAL",
+    "synchronous=NORMAL",
+    f"cache_size=-{PAGE_CACHE_KIB}",
+)
 _TABLES = """
 CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -25,19 +31,26 @@ class Database:
 
     Args:
         path: where it lies; made when missing. None: in memory, for a run nobody resumes.
+
+    Raises:
+        sqlite3.Error: another process holds the file, or it is no database.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", f"cache_size=-{PAGE_CACHE_KIB}"):
-            self.connection.execute(f"PRAGMA {pragma}")
-        self.connection.executescript(_TABLES)
-        self.connection.execute("BEGIN")
+        self.connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False, timeout=0)
+        try:
+            for pragma in _PRAGMAS:
+                self.connection.execute(f"PRAGMA {pragma}")
+            self.connection.executescript(_TABLES)
+            self.connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self.connection.close()
+            raise
 
     def commit(self) -> None:
         """Make everything since the last commit durable, all or nothing."""
         self.connection.execute("COMMIT")
-        self.connection.execute("BEGIN")
+        self.connection.execute("BEGIN IMMEDIATE")
 
     def close(self) -> None:
         """Forget what was not committed."""
@@ -167,11 +180,11 @@ class ClientFolder:
 
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Replace a file."""
-        self._folders.put(self._client, name, parts[0] if len(parts) == 1 else b"".join(parts))  # type: ignore[arg-type]
+        self._folders.put(self._client, name, bytes(parts[0]) if len(parts) == 1 else b"".join(parts))
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file."""
-        if old in self._folders.sizes(self._client):
+        if old != new and old in self._folders.sizes(self._client):
             self._folders.put(self._client, new, self.read(old))
             self._folders.pop(self._client, old)
 

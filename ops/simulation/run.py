@@ -1,9 +1,13 @@
 """`fedmq simulate`: run a plan, show how it goes, leave the report behind; go on where an interrupted run stopped."""
 
 import json
+import logging
+import sqlite3
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,10 @@ from ops.simulation.database import Database, Records
 from ops.simulation.executor import executor_of, one_thread
 from ops.simulation.plan import Plan, path_of_task, plain_plan, plan_of
 from ops.simulation.simulator import HOUR_S, Simulator
-from shared.errors import SettingsError
+from shared.command import stop_on_signals
+from shared.errors import FedMQError, SettingsError
 from worker.task import Task
-from worker.training import Trainer
+from worker.training import Trainer, seed_everything
 
 CHECKPOINT, RESULT = "simulation.sqlite", "result.json"
 
@@ -55,7 +60,8 @@ class Result:
 
 
 def simulate(
-    plan: Plan, out: Path, processes: int = 1, show: Callable[[Simulator], None] | None = None
+    plan: Plan, out: Path, processes: int = 1, show: Callable[[Simulator], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> Result:  # fmt: skip
     """Run a plan to its end.
 
@@ -64,35 +70,59 @@ def simulate(
         out: folder for what it leaves behind; what it holds of the same plan is gone on with, or returned.
         processes: trainings at once; changes nothing but the time it takes.
         show: called after each evaluation.
+        stop: when set, the run ends with a checkpoint, to be gone on with.
 
     Raises:
         SettingsError: the folder holds another simulation, or the task does not fit.
-        FedMQError: nothing can happen any more, though the end is not reached.
+        FedMQError: nothing can happen any more, though the end is not reached; or the disk is full.
+        KeyboardInterrupt: it was asked to stop.
     """
     if (done := stored_result(out)) is not None:
         _refuse_another(out, done.plan, plan)
         return done
-    task = path_of_task(plan.fleet.task)
+    task, seed = path_of_task(plan.fleet.task), plan.fleet.seed
+    seed_everything(seed)  # a task may draw when it is imported
     trainer = Trainer(Task.load(task, needs=("build", "train", "evaluate")))
+    _ = trainer.layout
     one_thread()
     database = _open(out, plan)
-    started = time.monotonic()
-    executor = executor_of(task, trainer, processes)
+    executor = executor_of(task, trainer, processes, seed)
     try:
-        simulator = Simulator(plan, trainer, executor, database)
-        records = Records(database, "state")
-        before_s = float(records.get("wall_s", b"0"))
-        for _ in simulator.run():
-            records["wall_s"] = repr(before_s + time.monotonic() - started).encode()
-            if show is not None:
-                show(simulator)
-        result = _result(simulator, before_s + time.monotonic() - started)
-        simulator.model().save(out / "model.safetensors")
-        leave_behind(result, out)
+        with _quiet():
+            result = _run(Simulator(plan, trainer, executor, database, stop), Records(database, "state"), show, out)
+    except sqlite3.Error as error:
+        raise FedMQError(f"the checkpoint {out / CHECKPOINT} cannot be used: {error}") from error
     finally:
         executor.close()
         database.close()
     _remove_checkpoint(out)
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what one worker or one aggregator would warn of: thousands do, and the history counts it."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("fedmq.aggregator", "fedmq.worker"))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+def _run(
+    simulator: Simulator, records: Records, show: Callable[[Simulator], None] | None, out: Path
+) -> Result:  # fmt: skip
+    started, before_s = time.monotonic(), float(records.get("wall_s", b"0"))
+    for _ in simulator.run():
+        records["wall_s"] = repr(before_s + time.monotonic() - started).encode()
+        if show is not None:
+            show(simulator)
+    result = _result(simulator, before_s + time.monotonic() - started)
+    simulator.model().save(out / "model.safetensors")
+    leave_behind(result, out)
     return result
 
 
@@ -101,7 +131,7 @@ def leave_behind(result: Result, out: Path) -> None:
     fleet, aggregator = result.plan.fleet, result.plan.aggregator
     result.history.save_csv(out / "history.csv")
     title = f"FedMQ: {fleet.task}, {fleet.clients:,} simulated devices, {aggregator.rule}"
-    report.save(result.history, out, title, shown_settings(result))
+    report.save(result.history, out, title, shown_settings(result), clients=fleet.clients, virtual=True)
     plain = {
         "plan": plain_plan(result.plan, given=True), "history": result.history.dump(), "sha256": result.sha256,
         "virtual_s": result.virtual_s, "wall_s": result.wall_s, "published": result.published, "lost": result.lost,
@@ -143,9 +173,17 @@ def _open(out: Path, plan: Plan) -> Database:
         database = Database(out / CHECKPOINT)
     except OSError as error:
         raise SettingsError(f"--out {out} cannot be used: {error.strerror}") from error
-    stored = Records(database, "state").get("plan")
-    if stored is not None:
-        _refuse_another(out, plan_of(json.loads(stored), str(out / CHECKPOINT)), plan)
+    except sqlite3.Error as error:
+        busy = "locked" in str(error)
+        what = "another simulation is running there" if busy else f"its {CHECKPOINT} is damaged ({error})"
+        raise SettingsError(f"--out {out} cannot be used: {what}; give another --out") from error
+    try:
+        stored = Records(database, "state").get("plan")
+        if stored is not None:
+            _refuse_another(out, plan_of(json.loads(stored), str(out / CHECKPOINT)), plan)
+    except Exception:
+        database.close()
+        raise
     return database
 
 
@@ -165,13 +203,15 @@ def _remove_checkpoint(out: Path) -> None:
 def _result(simulator: Simulator, wall_s: float) -> Result:
     return Result(
         simulator.plan, simulator.history, simulator.model().sha256, simulator.clock.time_s, wall_s,
-        simulator.published, simulator.lost, simulator.aborted, dict(simulator.failures), simulator.target_row(),
+        simulator.published, simulator.counts.lost, simulator.counts.aborted, dict(simulator.failures),
+        simulator.target_row(),
     )  # fmt: skip
 
 
 def command(given: dict[str, Any], processes: int, out: Path) -> None:
     """Run one simulation from the command line: a bar while it runs, a table and a last line at the end."""
-    plan, console = plan_of(given), Console()
+    plan, console, stop = plan_of(given), Console(), threading.Event()
+    stop_on_signals(stop)
     fleet, aggregator = plan.fleet, plan.aggregator
     console.print(
         f"{fleet.task}: {fleet.clients:,} devices, {fleet.in_flight} at work at once; {aggregator.rule}, "
@@ -193,7 +233,7 @@ def command(given: dict[str, Any], processes: int, out: Path) -> None:
             )
             progress.update(bar, completed=simulator.progress(), description=text)
 
-        result = simulate(plan, out, processes, show)
+        result = simulate(plan, out, processes, show, stop)
     console.print(table_of(result.history, "The run"))
     for message, count in Counter(result.failures).most_common(3):
         console.print(f"{count} trainings raised: {message}")

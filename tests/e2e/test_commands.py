@@ -191,7 +191,7 @@ def test_help_lists_every_setting(module, kind, tmp_path):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (None, ["no task 'mine.py': neither a file nor a built-in (digits, mnist)"]),
+        (None, ["no task 'mine.py': neither a file nor a built-in (digits, mnist, "]),
         ("def build():\n    pass\n", ["task mine.py lacks train()"]),
         ("import os\n\nos.no_such_thing\n", ["task mine.py raises on import (line 3): AttributeError"]),
         ("import os\ndef train(model, context)\n    pass\n", ["task mine.py raises on import (line 2): SyntaxError"]),
@@ -206,7 +206,7 @@ def test_a_task_that_cannot_be_used_is_named(fedmq, tmp_path, text, parts):
 
 
 def test_without_a_task_a_program_says_what_to_give(fedmq, tmp_path):
-    assert_refused(fedmq("worker"), USAGE, "no task: give --task my_task.py, or a built-in (digits, mnist)")
+    assert_refused(fedmq("worker"), USAGE, "no task: give --task my_task.py, or a built-in (digits, mnist, ")
     (tmp_path / "mine.py").write_text("def build(): pass\ndef train(model, context): pass\n")
     assert_refused(fedmq("evaluator", "--task", "mine.py"), USAGE, "task mine.py lacks evaluate()")
 

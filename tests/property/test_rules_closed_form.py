@@ -97,7 +97,7 @@ def whole_sixties(seed):
 @settings(max_examples=100)
 @given(settings_of("ringleader"), st.lists(ACTIONS, min_size=5, max_size=25))
 def test_ringleader_is_its_formula_to_the_last_bits_where_means_are_whole_numbers(drawn, scenario):
-    system, oracle = job(**drawn)
+    system, oracle = job(**drawn | {"robust": ""})  # a norm limit would leave no whole numbers
     play(system, oracle, scenario, delta_of=whole_sixties)
     check(system, oracle)
 

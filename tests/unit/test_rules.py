@@ -238,9 +238,18 @@ def test_fedavg_takes_one_update_of_each_client_into_a_round():
         take(rule, state, of(2))
     assert error.value.reason is Reason.SURPLUS
     assert everything_in(state) == before
-    take(rule, state, of(3), "ab")  # another client, whose name begins like the first one's
+    take(rule, state, of(3), "b")
     assert state.version == 1
     np.testing.assert_allclose(state.weights, 2)
+
+
+def test_a_client_whose_name_begins_like_anothers_is_another():
+    for first, second in (("a", "ab"), ("ab", "a")):
+        rule = built("fedavg")
+        state = state_of(rule)
+        take(rule, state, of(1), first)
+        take(rule, state, of(3), second)
+        assert state.version == 1
 
 
 def test_ringleader_takes_gradients_only():
@@ -490,11 +499,11 @@ def test_aced_takes_nothing_of_a_client_whose_latest_is_too_old():
 def test_aced_of_nobody_makes_a_version_without_a_step():
     rule = built("aced(1)", clients=4, server_optimizer="momentum(0.5)")
     state = state_of(rule)
-    for _ in range(3):
-        take(rule, state, of(1), "a")
+    take(rule, state, of(1e8), "a")
+    take(rule, state, of(0.1), "b")  # lost in the sum of both: taking them off again would leave -0.1
     state.version = 10
     before = state.weights.copy()
-    take(rule, state, of(1), "b", base_version=0)
+    take(rule, state, of(1), "c", base_version=0)
     np.testing.assert_array_equal(state.weights, before)
     assert state.version == 11
     assert not state.arrays["latest_sum"].any()

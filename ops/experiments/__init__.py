@@ -1,0 +1,1 @@
+"""Experiments: one file each for `fedmq simulate compare`, what they show in README.md."""
