@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ops.simulation.database import Database
 from ops.simulation.executor import Executor, InThisProcess
 from ops.simulation.plan import Plan, path_of_task, plan_of
@@ -66,6 +68,7 @@ def begin(
     """Return a simulator that has not run yet."""
     seed_everything(plan.fleet.seed)
     trainer = Trainer(Task.load(path_of_task(plan.fleet.task)))
+    np.random.seed(None)  # what was drawn here before must not matter
     return Simulator(plan, trainer, executor(trainer), database or Database(None), stop)
 
 

@@ -7,10 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from ops.simulation import simulator as module
 from ops.simulation.availability import Availability
+from ops.simulation.database import Database
 from ops.simulation.simulator import TRAINED, Simulator
 from shared.model_image import ModelImage
-from tests.simulation.runs import begin, finish, small, whole
+from tests.simulation.runs import After, begin, finish, small, whole
 from tests.simulation.test_simulator_determinism import SCENARIOS
 from worker.worker import Worker
 
@@ -32,6 +34,7 @@ def test_nothing_is_lost_or_counted_twice(name):
     if not plan.fleet.rest_s:
         assert sorted(devices) == list(range(12))
     assert len(run._flights) - run._beside <= plan.fleet.in_flight
+    assert set(run._submitted) <= set(run._flights)
     assert run._beside == sum(flight.beside for flight in run._flights.values())
 
 
@@ -127,8 +130,10 @@ def test_nobody_sets_out_or_publishes_while_away(how, monkeypatch):
 
 def test_idle_devices_are_woken_when_the_first_of_them_is_back():
     """One device that is there a third of the time works whenever it is: no night is slept through."""
-    plan = small(CONSTANT, clients=1, concurrency=1, availability="diurnal(8)", updates=480 + 100, buffer_size=1)
-    assert whole(plan).time_s < 2 * 86400
+    plan = small(CONSTANT, clients=1, concurrency=1, availability="diurnal(8)", updates=4 * 480 + 100, buffer_size=1)
+    assert whole(plan).time_s < 5 * 86400
+    plan = small(plan.fleet.model_dump(), rest_s=1800, updates=100, buffer_size=1)  # it wakes at night, and sleeps on
+    assert whole(plan).time_s < 10 * 86400
 
 
 def test_a_device_rests_between_two_trips():
@@ -152,6 +157,15 @@ def test_attackers_send_something_else_and_hurry():
     assert len(flooded.simulator._attackers) == 1
     name = f"client-{next(iter(flooded.simulator._attackers))}"
     assert by_client[name] == pytest.approx(10 * 200 / 19, abs=10)
+
+
+def test_only_attackers_attack(monkeypatch):
+    spoiled = []
+    monkeypatch.setattr(module, "spoil", lambda delta, attack, seed: spoiled.append(seed))
+    run = whole(small(attackers=0.25, updates=120))
+    trips = sum(run.simulator._trips[client] for client in run.simulator._attackers)
+    assert trips - 6 <= len(spoiled) <= trips
+    assert run.sha256 == whole(small(updates=120)).sha256
 
 
 def test_each_round_sees_as_many_devices_as_there_are_places():
@@ -201,6 +215,18 @@ def test_an_aborted_trip_leaves_nothing_in_the_outbox(monkeypatch):
     monkeypatch.setattr(Simulator, "_act", checking)
     finish(run)
     assert run.counts.aborted > 10
+
+
+def test_trainings_of_a_round_are_queued_again_after_a_resume(tmp_path):
+    plan, path = small(rule="fedavg", concurrency=9), tmp_path / "run.sqlite"
+    first = begin(plan, Database(path), After(2))
+    with pytest.raises(KeyboardInterrupt):
+        finish(first)
+    first._database.close()
+    resumed = begin(plan, Database(path))
+    pending = {number for number, flight in resumed._flights.items() if flight.training is not None}
+    assert len(pending) > 5
+    assert {number for _, number in resumed._waiting} | set(resumed._submitted) == pending
 
 
 def test_the_trusted_device_is_beside_the_others(monkeypatch):

@@ -75,6 +75,8 @@ def test_who_holds_the_version_fetches_nothing_and_trains_from_it(system):
     clients = clients_of(system)
     move(system)
     assert trip(clients, 0)[1] > 0
+    move(system)
+    assert trip(clients, 0)[1] > 0
     training, fetched = trip(clients, 0)
     assert fetched == 0
     np.testing.assert_array_equal(training.base.weights, visible(system))
@@ -89,17 +91,26 @@ def test_it_does_so_also_when_nobody_has_pulled_since_a_resume(system):
     np.testing.assert_array_equal(training.base.weights, visible(system))
 
 
-def test_deltas_are_counted_from_the_version_it_holds():
+class Large(Module):
+    """A task for whose model a delta is smaller than a snapshot."""
+
+    @staticmethod
+    def build():
+        return {"w": np.zeros(5000, np.float32)}
+
+
+@pytest.fixture
+def large():
+    """Return a job and its clients."""
     system = System(weights(1, 5000), buffer_size=1, downlink="on")
-
-    class Large(Module):
-        @staticmethod
-        def build():
-            return {"w": np.zeros(5000, np.float32)}
-
     clients = clients_of(system)
     clients._trainer = Trainer(Task("test", Large))
     clients._shared = SharedWeights(system.store, clients._trainer)
+    return system, clients
+
+
+def test_deltas_are_counted_from_the_version_it_holds(large):
+    system, clients = large
     first = trip(clients, 0)[1]
     system.publish(weights(3, 5000) * 0.01)
     system.drain()
@@ -109,12 +120,13 @@ def test_deltas_are_counted_from_the_version_it_holds():
     assert newcomer >= first > behind
 
 
-def test_weights_under_training_are_not_changed_by_the_next_pull(system):
-    clients = clients_of(system)
+def test_weights_under_training_are_not_changed_by_the_next_pull(large):
+    system, clients = large
     training, _ = trip(clients, 0)
     before = training.base.weights.copy()
-    move(system, 3)
-    trip(clients, 1)
+    system.publish(weights(3, 5000) * 0.01)
+    system.drain()
+    trip(clients, 0)
     np.testing.assert_array_equal(training.base.weights, before)
 
 

@@ -3,7 +3,7 @@
 import sqlite3
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ops.simulation.database import Database, Folders, Records
@@ -30,6 +30,12 @@ def check(folders, files):
         assert {name: folder.size(name) for name in mine} == {name: len(data) for name, data in mine.items()}
 
 
+WRITE, REMOVE, COMMIT, CRASH = ("write", 0, "a", b"x"), ("remove", 0, "a", None), ("commit",) * 4, ("crash",) * 4
+
+
+@example([WRITE, COMMIT, REMOVE, COMMIT, CRASH], 1000)
+@example([WRITE, COMMIT, ("rename", 0, "a", "b"), COMMIT, CRASH], 1000)
+@example([WRITE, COMMIT, REMOVE, CRASH], 0)
 @given(STEPS, st.sampled_from([0, 5, 20, 1000]))
 def test_folders_are_dictionaries(tmp_path_factory, steps, budget):
     path = tmp_path_factory.mktemp("folders") / "run.sqlite"
@@ -103,6 +109,9 @@ def test_two_processes_cannot_have_one_file(tmp_path):
     first.commit()
     with pytest.raises(sqlite3.OperationalError, match="locked"):  # nor in between two commits
         Database(path)
+    with sqlite3.connect(path, timeout=0) as onlooker, pytest.raises(sqlite3.OperationalError, match="locked"):
+        onlooker.execute("SELECT * FROM state")
+    onlooker.close()
     first.close()
     second = Database(path)
     assert Records(second, "state")["a"] == b"1"
