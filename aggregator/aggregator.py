@@ -21,7 +21,7 @@ from aggregator.downlink import Downlink
 from aggregator.robust import guards_of
 from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
-from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, small_part
+from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, rule_of_state, small_part
 from shared.choices import parse
 from shared.clock import Clock
 from shared.compression import Decoded
@@ -323,7 +323,7 @@ class Aggregator:
         if kind not in (None, self._rule.buffer_kind):
             raise SettingsError(
                 f"the job's open buffer is of {kind}, these settings are of {self._rule.buffer_kind}: start once more "
-                "with the old ones and FEDMQ_BUFFER_SIZE=1 until it is empty"
+                "with the old ones until the next version is made (with the smallest FEDMQ_BUFFER_SIZE they allow)"
             )
         if self._rule.needs.base and stored.head.published:
             raise SettingsError(
@@ -331,7 +331,18 @@ class Aggregator:
                 "needs the very weights they started from: start once with FEDMQ_RULE=fedbuff and FEDMQ_DOWNLINK=off "
                 "until the next version is made"
             )
+        if self._rule.needs.start and stored.head.version and rule_of_state(stored) != self._rule.name:
+            raise SettingsError(
+                f"rule {self._rule.name} counts from version 0, and this job is at version {stored.head.version} by "
+                f"rule {rule_of_state(stored)}: export its model and begin a new job from it"
+            )
         state = from_stored(stored, self._rule.name, self._rule.sums, self._rule.arrays, self._store.kept)
+        clients = self.settings.clients
+        if self._rule.needs.start and state.facts.setdefault("clients", clients) != clients:
+            raise SettingsError(
+                f"rule {self._rule.name} began with FEDMQ_CLIENTS={state.facts['clients']} and its sum is over those: "
+                f"it cannot go on with {clients}; begin a new job from its model"
+            )
         self._bases.clear()
         self.metrics.version.set(state.version)
         self.metrics.buffered.set(len(state.buffer))

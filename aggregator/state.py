@@ -163,6 +163,13 @@ def open_buffer_kind(stored: Stored) -> str | None:
     return str(small["rule"]) if small["buffer"] else None
 
 
+def rule_of_state(stored: Stored) -> str | None:
+    """Return the name of the rule that made the stored state, None before its first commit."""
+    small = msgpack.unpackb(stored.state) if stored.state else {}
+    name: str | None = small.get("facts_of")
+    return name
+
+
 def small_part(state: State, kind: str, rule: str, arrays: tuple[str, ...]) -> bytes:
     """Write the part of the state that is not of model size.
 

@@ -22,12 +22,14 @@ from shared.messages import ID
 from shared.rules import (
     ADAPTIVE,
     ADAPTIVE_LR,
+    EVERY_UPDATE_A_VERSION,
     ROBUST,
     RULE_TABLE,
     RULES,
     SERVER_OPTIMIZERS,
     STALENESS,
     robust_problems,
+    rule_problems,
 )
 
 PREFIX = "FEDMQ_"
@@ -172,12 +174,15 @@ class AggregatorSettings(Settings):
         defaults: dict[str, Any] = {"server_lr": ADAPTIVE_LR} if adaptive else {}
         if rule == "fedavg":
             defaults |= {"staleness_max": 0}
+        if rule in EVERY_UPDATE_A_VERSION and str(clients := given.get("clients", "")).isdecimal():
+            defaults |= {"staleness_max": min(100_000, max(100, 10 * int(clients)))}
         return defaults | dict(given)
 
     @model_validator(mode="after")
     def _not_contradictory(self) -> Self:
-        rule = choices.parse(self.rule, RULE_TABLE).name
-        problems = _unused(self, rule)
+        chosen = choices.parse(self.rule, RULE_TABLE)
+        rule = chosen.name
+        problems = [*_unused(self, rule), *rule_problems(chosen, self.robust)]
         if "robust" in RULES[rule].uses:
             stages = choices.parse_pipeline(self.robust, ROBUST)
             problems += robust_problems(stages, rule, self.buffer_size, self.weight_by_samples, self.trusted_client)

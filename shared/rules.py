@@ -75,11 +75,36 @@ RULES: dict[str, RuleSpec] = {
     "ringleader": RuleSpec(("server_lr", "server_optimizer", "robust", "clients")),
 }
 RULE_TABLE: Table = {name: spec.parameters for name, spec in RULES.items()}
+EVERY_UPDATE_A_VERSION = ("ace", "aced", "ringleader")  # their mean staleness is the number of workers
 AVERAGING = ("fedbuff", "fedavg", "fednova", "rescaled", "fadas")  # a buffer's mean: a robust one may take its place
+
+
+def rule_problems(rule: Choice, robust: str) -> list[str]:
+    """Say what of a rule's parameters does not go together, or not with the defences.
+
+    Args:
+        rule: the rule.
+        robust: FEDMQ_ROBUST.
+    """
+    if rule.name != "fednova":
+        return []
+    problems = []
+    if rule["momentum"] and rule["proximal"]:
+        problems.append(
+            f"FEDMQ_RULE={rule}: it is known how long a delta is of workers with momentum or with a proximal term, not "
+            "with both; leave one out"
+        )
+    if robust and not rule["steps"]:
+        problems.append(
+            "FEDMQ_RULE=fednova: with FEDMQ_ROBUST give the steps, e.g. fednova(steps=10): a client itself says how "
+            "many it took, and their mean would stretch the whole step"
+        )
+    return problems
+
 
 ROBUST: Table = {  # guards look at one update, in the order given; then the buffer may be bucketed, then combined
     "norm": {"limit": Number(None, above=True, high=1e11)},
-    "norm_median": {"factor": Number(2, above=True), "window": Number(100, 10, 10_000, whole=True)},
+    "norm_median": {"factor": Number(2, 1, above=True), "window": Number(100, 10, 10_000, whole=True)},
     "zeno": {"rho": Number(0.002, 0), "epsilon": Number(0.1, 0), "rate": Number(1, above=True)},
     "aflguard": {"distance": Number(1.5, above=True)},
     "one_slot": {},
@@ -170,12 +195,13 @@ def _rule_problems(names: Sequence[str], rule: str, by_samples: bool) -> list[st
         problems.append(
             "FEDMQ_ROBUST: zeno scales an update, fedasync mixes whole models: use aflguard, or another FEDMQ_RULE"
         )
-    combiners = [name for name in names if name in COMBINERS]
-    if combiners and by_samples:
+    if names and by_samples:
         problems.append(
-            f"FEDMQ_WEIGHT_BY_SAMPLES=true: {combiners[0]} bounds what a lie can do, and a client itself says how many "
+            f"FEDMQ_WEIGHT_BY_SAMPLES=true: {names[0]} bounds what a lie can do, and a client itself says how many "
             "samples it has; leave it at false"
         )
+    if rule == "fedavg" and set(names) & set(SLOTS):
+        problems.append("FEDMQ_ROBUST: a round of fedavg takes one update of each client anyway: leave one_slot out")
     return problems
 
 

@@ -172,6 +172,8 @@ class Residual:
         self._mean = mean_version(self._bound(), self._mean, _norm(delta), version)
         self._carries |= codec.feedback or self._vector is not None or bool(self._returned)
         try:
+            if self._kind == MEMORY and self._vector is None:
+                raise TaskError("the memory of rule area is beyond all bounds: the update is not sent")
             if self._kind == MEMORY and self._vector is not None:
                 return self._encode_against_memory(codec, delta, self._vector, layout, rng)
             if codec.feedback:
@@ -236,8 +238,11 @@ class Residual:
             made = header.made
         except (OSError, ValueError) as error:
             header, made = Header(), None
-            client = self._outbox.client
-            log.warning("the residual of %s is damaged (%s): what it held is lost; starting from zero", client, error)
+            log.warning(
+                "the residual of %s is damaged (%s): what it held is lost; starting from zero. Under rule area the "
+                "server counts what this worker sent so far twice from here on: begin such a job anew",
+                self._outbox.client, error,
+            )  # fmt: skip
         self._layout, self._mean, self._means = header.layout, header.version, header.means
         self._kind = header.kind
         self._newest, self._first = (header.newest_version, header.newest_revision), header.first
@@ -253,7 +258,8 @@ class Residual:
             return False
         log.warning(
             "the job began anew, or its store went back (to version %d from %d, revision %d from %d): the residual's "
-            "norm of %.4g and %d sent updates are of the former run and count no more",
+            "norm of %.4g and %d sent updates are of the former run and count no more (under rule area a store that "
+            "went back counts this worker twice: begin such a job anew)",
             version, newest_version, now, newest_revision, _norm(self._vector), len(self._outbox.unsettled()),
         )  # fmt: skip
         self._newest, self._cursor = (version, revision or 0), 0
@@ -262,9 +268,11 @@ class Residual:
 
     def _fit(self, layout: Layout, kind: str) -> None:
         """Drop a residual of another model, or of a rule that means something else by it."""
-        if self._vector is not None and self._kind != kind:
-            log.warning("the job's rule changed: what is kept is a %s, not a %s, and begins anew", self._kind, kind)
-            self._vector = None
+        if self._kind != kind:
+            if self._vector is not None:
+                log.warning("the job's rule changed: what is kept is a %s, not a %s, and begins anew", self._kind, kind)
+            self._vector, self._outcomes, self._first = None, {}, self._outbox.next_sequence
+            self._carries = True  # the file is to say so
         self._kind = kind
         if self._vector is not None and self._layout != layout.hash:
             log.warning(

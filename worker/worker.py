@@ -7,6 +7,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,39 @@ from worker.auto import CHOICES, AutoCodec
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.replica import Replica
-from worker.residual import HORIZONS, KEPT_FOR_EVER, Residual
+from worker.residual import HORIZONS, KEPT_FOR_EVER, REFUSED, Residual
 from worker.task import Context
 from worker.training import Trained, Trainer, Training
 
 log = logging.getLogger("fedmq.worker")
 
+ROUND_UPDATES_MAX = 3  # in one synchronous round: a refused update is made good, but not for ever
 RETRY_S = (0.5, 60.0)  # first and longest wait after a training that gave no update, or a store that is away
 FLUSH_S = 20.0  # how long a worker that ends tries to get its last updates out
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A worker's part in a synchronous round.
+
+    Attributes:
+        version: the round's; -1: none yet.
+        since: when that version was made; tells apart the rounds of a job that was begun anew.
+        update_id: of its last update.
+        updates: how many it made in the round.
+        said: whether the log says that it waits.
+    """
+
+    version: int = -1
+    since: float = 0.0
+    update_id: str = ""
+    updates: int = 0
+    said: bool = False
+
+    def with_update(self, version: int, since: float, update_id: str) -> "Round":
+        """Return it after one more update."""
+        same = (version, since) == (self.version, self.since)
+        return Round(version, since, update_id, self.updates + 1 if same else 1)
 
 
 class Worker:
@@ -60,7 +86,8 @@ class Worker:
         self._auto = AutoCodec()
         self._residual = Residual(outbox, store, metrics)
         self._replica = replica or Replica(store, metrics)  # the weights to train from
-        self._trained = -1  # version of the last update
+        self._since = 0.0  # when the head's version was made
+        self._round = Round()
         self._revision: int | None = None  # of the head last pulled; None while the store is away
         self._job: dict[str, Any] = {}
         self._said: str | None = None
@@ -123,7 +150,7 @@ class Worker:
         )
         self._residual.put(encode(update))
         self.updates_made += 1
-        self._trained = version
+        self._round = self._round.with_update(version, self._since, update.update_id)
         self._metrics.outbox.set(len(self._outbox))
         self._publisher.wake.set()
 
@@ -181,13 +208,13 @@ class Worker:
         """
         try:
             head = self._store.head()
-            differs = head is not None and (self._replica.differs(head) or head.layout != self._layout.hash)
-            if head is not None and (differs or not self._job):
-                self._job = self._store.job()
+            if head is not None:
+                self._job = self._store.job()  # also when no version is new: its rule may be
                 if not self._job:
                     self._not_started()
                     return False
-            if head is not None and differs:
+                self._since = head.created_at
+            if head is not None and (self._replica.differs(head) or head.layout != self._layout.hash):
                 self._check(self._replica.pull(head))
                 log.debug("pulled version %d", head.version)
         except VersionGone as error:  # it was replaced while we pulled: look again
@@ -207,6 +234,7 @@ class Worker:
         return True
 
     def _not_started(self) -> None:
+        self._round = Round()
         self._say(f"job {self.settings.job!r} has not started yet: waiting for an aggregator and a model")
         self._replica.forget()
 
@@ -236,8 +264,23 @@ class Worker:
         return self._rule == "area"
 
     def _waits_for_the_round(self) -> bool:
-        """In synchronous rounds a worker takes part once: it waits for the next version."""
-        return self._rule == "fedavg" and self._trained == self._version
+        """In synchronous rounds a worker takes part once: it waits for the next version, unless its update was refused.
+
+        Raises:
+            StoreUnavailable: what became of the update cannot be read.
+        """
+        taken = self._round
+        if self._rule != "fedavg" or (taken.version, taken.since) != (self._version, self._since):
+            return False
+        told, _ = self._store.outcomes(self.settings.client_id, 0)
+        refused = any(update_id == taken.update_id and outcome in REFUSED for update_id, outcome in told)
+        if refused and taken.updates < ROUND_UPDATES_MAX:
+            log.warning("the update of this round was refused: training again")
+            return False
+        if not taken.said:
+            log.info("took part in the round of version %d: waiting for the next", self._version)
+            self._round = replace(taken, said=True)
+        return True
 
     def _start(self) -> Vector:
         """Return the weights of version 0, which all memories of rule area start from."""

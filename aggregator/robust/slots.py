@@ -15,7 +15,7 @@ THROTTLED_MIN = 1e-3  # a repeat that would weigh less is refused, so that the l
 class OneSlot:
     """Take one update of a client into each buffer; it has at most 1 / K of the mass.
 
-    A second one is rejected: its worker takes the mass back and sends it with a later update.
+    A second one is rejected; with error feedback its worker takes the mass back and sends it with a later update.
 
     Source: BASGD's one buffer a worker (Yang, Li, arXiv:2003.00937), turned into one place a worker.
     """

@@ -21,7 +21,8 @@ class Area:
 
     All y_mem begin at version 0, so that w = (1 / n) sum_i y_i holds after every version: each worker counts as much,
     however fast it is. Neither staleness weights nor a server_lr, which would break that sum; and it is exact only
-    because an update is applied exactly once. A worker that never reports counts as version 0 does.
+    because an update is applied exactly once. A worker that never reports counts as version 0 does; one that loses its
+    state folder, or a device beyond `clients`, counts twice from then on: keep FEDMQ_STATE_DIR, and give the right n.
 
     Use it: where slow workers hold data that no other has, the server may keep nothing of each worker, and their number
     is known. Memory: one vector of model size besides the weights; one at each worker.

@@ -69,13 +69,6 @@ class FedNova:
     name: str = "fednova"
     needs: Needs = NEEDS_NOTHING
 
-    def __post_init__(self) -> None:
-        if self.momentum and self.proximal:
-            raise ValueError(
-                f"fednova(momentum={self.momentum:g}, proximal={self.proximal:g}): it is known how long a delta is of "
-                "workers with momentum or with a proximal term, not with both; leave one out"
-            )
-
     @property
     def buffer_kind(self) -> str:
         """The sum holds deltas divided by what momentum and the proximal term make of their steps."""

@@ -14,6 +14,7 @@ from shared.errors import Reason, RejectedUpdate
 
 ROUND = "ringleader"
 HERE, NEXT = "here", "next"
+REPEATS_MAX = 100  # updates of one worker in a round's table: what waits for a slow one is bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +69,25 @@ class Ringleader:
                 f"{arrival.update.num_steps} local steps; rule ringleader takes gradients, updates of one step: have "
                 "the task train one step at a time, or choose another rule (ace, ca2fl)",
             )
+        own = NEXT if client in turn["stepped"] else HERE
+        if turn[own].get(client, 0) >= REPEATS_MAX:
+            raise RejectedUpdate(
+                Reason.SURPLUS,
+                f"{client} has {REPEATS_MAX} updates in the round already; it waits for "
+                f"{self.memory.clients - len(turn[HERE])} workers that were not heard yet",
+            )
         gone = self.memory.displaced(turn[HERE], client)
         leaving = [(table, other, recall(state, _name(turn, table, other))) for other in gone for table in (HERE, NEXT)]
-        table = NEXT if client in turn["stepped"] else HERE
+        table = own
         self._enter(state, turn, table, arrival)
         for left, other, mean in leaving:
             self._leave(state, turn, left, other, mean)
         turn[HERE][client] = turn[HERE].pop(client)  # the newest heard, also with an update of the next round
+        if table == NEXT and len(turn["stepped"]) >= len(
+            turn[HERE]
+        ):  # FEDMQ_CLIENTS was lowered: nobody is left to come
+            self._begin_round(state, turn)
+            table = HERE
         if table == HERE and (turn["stepped"] or len(turn[HERE]) >= self.memory.clients):
             turn["stepped"][client] = turn["due"] = True
         return note(state, arrival, arrival.weight)

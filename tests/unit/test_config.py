@@ -222,7 +222,7 @@ ORDER = (
         ("zeno | aflguard | one_slot", {"trusted_client": "server"}), ("median", {"buffer_size": 3}),
         ("aflguard(2)", {"trusted_client": "s", "rule": "fedasync"}), ("krum(3)", {"buffer_size": 9}),
         ("bucketing(2)|krum(1)", {"buffer_size": 9}), ("multi_krum(2, 6)", {}), ("multi_krum(3)", {"buffer_size": 9}),
-        ("trimmed_mean(0.1)", {}), ("trimmed_mean(0.34)", {"buffer_size": 3}), ("norm(1)", {"weight_by_samples": True}),
+        ("trimmed_mean(0.1)", {}), ("trimmed_mean(0.34)", {"buffer_size": 3}), ("norm(1)", {}),
         ("centered_clipping(10)", {"buffer_size": 1}), ("norm(1)", {"rule": "ace", "clients": 5}),
     ],
 )  # fmt: skip

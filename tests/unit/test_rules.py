@@ -8,6 +8,7 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from aggregator.arrival import Arrival
 from aggregator.rules import RULES, rule_of
@@ -17,7 +18,7 @@ from aggregator.rules.record import read_record
 from aggregator.state import Kept, State
 from shared.compression import decode, parse
 from shared.config import AggregatorSettings
-from shared.errors import Reason, RejectedUpdate, SettingsError, StoreUnavailable
+from shared.errors import Reason, RejectedUpdate, StoreUnavailable
 from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.rules import AVERAGING
@@ -96,7 +97,8 @@ def test_arrays_and_sums_do_not_overlap_and_the_optimizers_are_among_them(rule):
 def test_open_buffers_that_do_not_mix_are_of_different_kinds():
     kinds = [built(rule).buffer_kind for rule in RULES]
     kinds += [built(rule, weight_by_samples=True).buffer_kind for rule in ("fedbuff", "fedavg", "fednova")]
-    kinds += [built(rule, robust="median", buffer_size=3).buffer_kind for rule in AVERAGING]
+    averaging = ["fednova(5)" if rule == "fednova" else rule for rule in AVERAGING]
+    kinds += [built(rule, robust="median", buffer_size=3).buffer_kind for rule in averaging]
     kinds += [built(rule).buffer_kind for rule in ("fednova(0,0.9)", "fednova(0,0.5)", "fednova(0,0,0.1)")]
     assert len(kinds) == len(set(kinds))
 
@@ -108,8 +110,14 @@ def test_an_open_buffer_goes_on_although_the_step_changes():
 
 
 def test_fednova_takes_momentum_or_a_proximal_term():
-    with pytest.raises(SettingsError, match=r"FEDMQ_RULE: fednova.momentum=0.9, proximal=0.1.*leave one out"):
+    with pytest.raises(ValidationError, match=r"FEDMQ_RULE=fednova.steps=0, momentum=0.9, proximal=0.1.*leave one out"):
         built("fednova(0, 0.9, 0.1)")
+
+
+def test_fednova_behind_a_defence_does_not_take_the_clients_word_for_their_steps():
+    with pytest.raises(ValidationError, match=r"give the steps, e.g. fednova\(steps=10\)"):
+        built("fednova", robust="norm(1)")
+    assert built("fednova(10)", robust="norm(1)")
 
 
 @pytest.mark.parametrize(
@@ -550,6 +558,32 @@ def test_a_ringleader_round_ends_although_a_worker_is_replaced():
     take(rule, state, of(1), "d")  # takes the place of b, which has not had its version
     assert state.version == 4
     assert state.facts["ringleader"]["here"] == {}
+
+
+def test_a_ringleader_of_fewer_clients_forgets_the_others_in_both_tables():
+    many, few = built("ringleader", clients=3), built("ringleader", clients=1)
+    state = state_of(many)
+    for client in "abcc":  # c has its version, and an entry in the next table
+        take(many, state, of(1), client)
+    before = state.weights.copy()
+    take(few, state, of(3), "a")
+    np.testing.assert_allclose(state.weights - before, 2)  # a's mean of 1 and 3, alone
+    assert state.version == 2
+    assert not state.kept.names
+    assert not any(array.any() for array in state.arrays.values())
+
+
+def test_a_ringleader_round_ends_when_all_who_were_to_come_had_to_leave():
+    """FEDMQ_CLIENTS was lowered to those that have had their version: else all of theirs would be extras for ever."""
+    many, few = built("ringleader", clients=3), built("ringleader", clients=1)
+    state = state_of(many)
+    for client in "abc":
+        take(many, state, of(1), client)
+    for version in (2, 3):
+        before = state.weights.copy()
+        take(few, state, of(5), "c")
+        assert state.version == version
+        np.testing.assert_allclose(state.weights - before, 5)
 
 
 # --- what it costs --------------------------------------------------------------------------------------------
