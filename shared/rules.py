@@ -195,9 +195,10 @@ def _rule_problems(names: Sequence[str], rule: str, by_samples: bool) -> list[st
         problems.append(
             "FEDMQ_ROBUST: zeno scales an update, fedasync mixes whole models: use aflguard, or another FEDMQ_RULE"
         )
-    if names and by_samples:
+    combiners = [name for name in names if name in COMBINERS]
+    if combiners and by_samples:
         problems.append(
-            f"FEDMQ_WEIGHT_BY_SAMPLES=true: {names[0]} bounds what a lie can do, and a client itself says how many "
+            f"FEDMQ_WEIGHT_BY_SAMPLES=true: {combiners[0]} bounds what a lie can do, and a client itself says how many "
             "samples it has; leave it at false"
         )
     if rule == "fedavg" and set(names) & set(SLOTS):

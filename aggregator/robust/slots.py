@@ -13,7 +13,7 @@ THROTTLED_MIN = 1e-3  # a repeat that would weigh less is refused, so that the l
 
 
 class OneSlot:
-    """Take one update of a client into each buffer; it has at most 1 / K of the mass.
+    """Take one update of a client into each buffer; it has at most 1 / K of the mass, unless that goes by samples.
 
     A second one is rejected; with error feedback its worker takes the mass back and sends it with a later update.
 

@@ -142,8 +142,8 @@ def test_a_worker_whose_update_was_rejected_trains_again_in_the_same_round(tmp_p
         assert rounds.version == 0
     assert rounds.turn("a")
     assert rounds.version == 1
-    assert rounds.reasons() == [Reason.CHECKSUM] * 3
-    assert rounds.trainings == [("b", 0)] + [("a", 0)] * 4
+    assert rounds.reasons() == [Reason.CHECKSUM] * (ROUND_UPDATES_MAX - 1)
+    assert rounds.trainings == [("b", 0)] + [("a", 0)] * ROUND_UPDATES_MAX
 
 
 def test_somebody_elses_rejection_is_not_ours(tmp_path):
