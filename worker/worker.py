@@ -115,7 +115,7 @@ class Worker:
         if not self._pull() or self._waits_for_the_round():
             return None
         assert self._base is not None, "pulled"  # noqa: S101
-        horizon = KEPT_FOR_EVER if self._area else HORIZONS * int(self._job["staleness_max"])
+        horizon = KEPT_FOR_EVER if self._area else HORIZONS * int(self._job.get("staleness_max", 0))
         start = self._start if self._area else None
         self._residual.prepare(self._layout, self._version, self._revision, horizon, start)
         return Training(self._context(), self._base)

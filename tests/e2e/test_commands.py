@@ -124,12 +124,15 @@ def test_every_problem_of_the_settings_stands_in_one_message(fedmq, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "parts"),
     [
-        ({"alpha": "0.5"}, ["FEDMQ_ALPHA belongs to rule fedasync, but FEDMQ_RULE=fedbuff"]),
+        ({"alpha": "0.5"}, ["FEDMQ_ALPHA means nothing to FEDMQ_RULE=fedbuff; it belongs to rule fedasync"]),
         (
             {"rule": "fedasync", "server_lr": "1", "commit_interval_s": "60"},
-            ["FEDMQ_SERVER_LR belongs to rule fedbuff", "FEDMQ_COMMIT_INTERVAL_S=60 exceeds FEDMQ_COMMIT_AGE_MAX_S=30"],
+            [
+                "FEDMQ_SERVER_LR means nothing to FEDMQ_RULE=fedasync; it belongs to rule fedbuff",
+                "FEDMQ_COMMIT_INTERVAL_S=60 exceeds FEDMQ_COMMIT_AGE_MAX_S=30",
+            ],
         ),
-        ({"rule": "fedsgd"}, ["FEDMQ_RULE=fedsgd", "'fedbuff' or 'fedasync'"]),
+        ({"rule": "fedsgd"}, ["FEDMQ_RULE=fedsgd", "must be one of fedbuff, fedasync"]),
     ],
     ids=["alpha with fedbuff", "two at once", "no such rule"],
 )
