@@ -137,7 +137,7 @@ def test_the_demo_on_servers_accounts_for_every_update(tmp_path):
     assert applied >= 150
     assert rejected == 0
     accuracy, versions, updates, _, ratio, _, ratio_down = demo.last_line
-    assert (versions, updates) == (applied // 10, applied)
+    assert (versions, updates) == (applied // 3, applied)  # a buffer of all three workers
     assert accuracy > 0.8
     assert ratio > 8
     assert ratio_down > 4
