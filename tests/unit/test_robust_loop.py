@@ -164,9 +164,9 @@ def test_before_the_trusted_client_has_sent_anything_all_others_are_refused():
     assert len(system.broker.dead) == 1
 
 
-@pytest.mark.parametrize("rule", ["fedbuff", "fedasync", "fedavg", "fadas", "rescaled", "fednova"])
+@pytest.mark.parametrize("rule", ["fedbuff", "fedasync", "fedavg", "fadas", "rescaled", "fednova(1)"])
 def test_updates_of_the_trusted_client_are_applied_kept_and_never_folded(rule):
-    system = trusting(rule=rule) if rule in ("fedbuff", "fednova", "rescaled") else System(
+    system = trusting(rule=rule) if rule in ("fedbuff", "fednova(1)", "rescaled") else System(
         rule=rule, robust="aflguard(0.5)", trusted_client="server", **({} if rule == "fedasync" else {"buffer_size": 2})
     )  # fmt: skip
     system.clock.time_s += 5
