@@ -9,12 +9,13 @@ from collections.abc import Callable
 from aggregator.robust import combiner_of
 from aggregator.rules.ace import Ace, Aced
 from aggregator.rules.area import Area
+from aggregator.rules.averaging import Averaging
 from aggregator.rules.ca2fl import Ca2fl
-from aggregator.rules.fadas import Fadas
+from aggregator.rules.fadas import DelayAdaptive
 from aggregator.rules.fedasync import FedAsync
-from aggregator.rules.fedavg import FedAvg
-from aggregator.rules.fedbuff import FedBuff
-from aggregator.rules.fednova import FedNova
+from aggregator.rules.fedavg import Rounds
+from aggregator.rules.fedbuff import fedbuff
+from aggregator.rules.fednova import PerStep
 from aggregator.rules.mean import Mean
 from aggregator.rules.memory import Memory
 from aggregator.rules.rescaled import Rescaled
@@ -47,17 +48,18 @@ def _optimizer(s: AggregatorSettings) -> ServerOptimizer:
 
 
 RULES: dict[str, Callable[[AggregatorSettings, Choice], Rule]] = {
-    "fedbuff": lambda s, _: FedBuff(_mean(s), _optimizer(s), s.server_lr),
+    "fedbuff": lambda s, _: fedbuff(_mean(s), _optimizer(s), s.server_lr),
     "fedasync": lambda s, _: FedAsync(s.alpha),
-    "fedavg": lambda s, _: FedAvg(_mean(s), _optimizer(s), s.server_lr),
-    "fednova": lambda s, c: FedNova(
-        _mean(s), _optimizer(s), s.server_lr, c["steps"], c["momentum"], c["proximal"],
+    "fedavg": lambda s, _: Averaging("fedavg", _mean(s), _optimizer(s), s.server_lr, Rounds(s.buffer_size)),
+    "fednova": lambda s, c: Averaging(
+        "fednova", _mean(s), _optimizer(s), s.server_lr, PerStep(c["steps"], c["momentum"], c["proximal"]),
     ),
-    "rescaled": lambda s, c: Rescaled(
-        _mean(s), _optimizer(s), s.server_lr, c["smoothing"], c["weight_max"], s.clients,
+    "rescaled": lambda s, c: Averaging(
+        "rescaled", _mean(s), _optimizer(s), s.server_lr, Rescaled(c["smoothing"], c["weight_max"], s.clients),
     ),
-    "fadas": lambda s, c: Fadas(
-        _mean(s), amsgrad("fadas", c["beta1"], c["beta2"], c["epsilon"]), s.server_lr, c["delay"],
+    "fadas": lambda s, c: Averaging(
+        "fadas", _mean(s), amsgrad("fadas", c["beta1"], c["beta2"], c["epsilon"]), s.server_lr,
+        DelayAdaptive(c["delay"]),
     ),
     "ca2fl": lambda s, _: Ca2fl(Memory(s.clients), _optimizer(s), s.buffer_size, s.server_lr),
     "ace": lambda s, _: Ace(Memory(s.clients), _optimizer(s), s.server_lr),

@@ -1,17 +1,14 @@
 """FADAS: an adaptive server whose steps shrink with the worst delay of a buffer."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.arrival import Arrival
-from aggregator.rules.mean import Mean
-from aggregator.rules.rule import NEEDS_NOTHING, Needs
-from aggregator.server_optimizer import Adaptive
+from aggregator.rules.averaging import Stretch
 from aggregator.state import State
 
 
 @dataclass(frozen=True, slots=True)
-class Fadas:
+class DelayAdaptive:
     """AMSGrad on the mean of K deltas, with a delay-adaptive step.
 
         g = (1 / K) sum_i Delta_i
@@ -30,44 +27,20 @@ class Fadas:
     `yujiaw98/FADAS g_delay_adaptive.py`.
 
     Attributes:
-        mean: of the buffer.
-        optimizer: AMSGrad.
-        server_lr: eta > 0; a step is about that for every weight.
         delay: tau_c >= 0, staleness that costs nothing, versions.
     """
 
-    mean: Mean
-    optimizer: Adaptive
-    server_lr: float
     delay: float
-    name: str = "fadas"
-    needs: Needs = NEEDS_NOTHING
+    kind: str = ""
 
-    @property
-    def buffer_kind(self) -> str:
-        """Its sum is unweighted."""
-        return self.name + self.mean.kind
+    def factor(self, state: State, arrival: Arrival) -> float:
+        """Take each update as it is."""
+        return 1.0
 
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The running sum."""
-        return self.mean.sums
+    def folded(self, state: State, arrival: Arrival, mass: float) -> None:
+        """The buffer itself remembers the staleness."""
 
-    @property
-    def arrays(self) -> Mapping[str, float]:
-        """The averages m, v and the largest v; what a combiner remembers."""
-        return {**self.optimizer.arrays, **self.mean.arrays}
-
-    def fold(self, state: State, arrival: Arrival) -> float:
-        """Add the delta to the running sum."""
-        return self.mean.fold(state, arrival)
-
-    def advance(self, state: State) -> bool:
-        """Step when K updates are buffered."""
-        if not self.mean.full(state):
-            return False
-        g = self.mean.take(state)
+    def stretch(self, state: State) -> Stretch:
+        """Divide the step by the largest staleness, if that is beyond the delay."""
         longest = max(contribution.staleness for contribution in state.buffer)
-        lr = self.server_lr if longest <= self.delay else self.server_lr / longest
-        self.optimizer.step(state, g.vector, g.scale, lr, g.staleness_weight)
-        return self.mean.begin_next(state)
+        return Stretch(lr=1.0 if longest <= self.delay else 1.0 / longest)

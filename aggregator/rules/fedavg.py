@@ -1,18 +1,16 @@
 """FedAvg: synchronous rounds, the yardstick of every asynchronous rule."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.arrival import Arrival
-from aggregator.rules.mean import Mean
-from aggregator.rules.rule import NEEDS_NOTHING, Needs
-from aggregator.server_optimizer import ServerOptimizer
+from aggregator.rules.averaging import Stretch
+from aggregator.rules.mean import repeats
 from aggregator.state import State
 from shared.errors import Reason, RejectedUpdate
 
 
 @dataclass(frozen=True, slots=True)
-class FedAvg:
+class Rounds:
     """Rounds of K workers, who all train from the same version.
 
         w_{v+1} = w_v + server_lr * sum_i n_i Delta_i / sum_i n_i        over K clients, n_i = 1 or num_samples
@@ -27,47 +25,26 @@ class FedAvg:
     arXiv:1602.05629, algorithm 1; with a server optimizer: Reddi et al., arXiv:2003.00295.
 
     Attributes:
-        mean: of the round.
-        optimizer: what steps along it.
-        server_lr: eta_g > 0.
+        buffer_size: K.
     """
 
-    mean: Mean
-    optimizer: ServerOptimizer
-    server_lr: float
-    name: str = "fedavg"
-    needs: Needs = NEEDS_NOTHING
+    buffer_size: int
+    kind: str = ""
 
-    @property
-    def buffer_kind(self) -> str:
-        """A round is of one client once, so no other rule's buffer can be continued as one."""
-        return self.name + self.mean.kind
-
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The running sum."""
-        return self.mean.sums
-
-    @property
-    def arrays(self) -> Mapping[str, float]:
-        """What optimizer and combiner remember."""
-        return {**self.optimizer.arrays, **self.mean.arrays}
-
-    def fold(self, state: State, arrival: Arrival) -> float:
-        """Add the delta to the round, unless its client is in it."""
+    def factor(self, state: State, arrival: Arrival) -> float:
+        """Take one update of each client."""
         client = arrival.update.client
-        if self.mean.repeats(state, client):
+        if repeats(state, client):
             raise RejectedUpdate(
                 Reason.SURPLUS,
                 f"{client} is in the round of version {state.version} already, with {len(state.buffer)} of "
-                f"{self.mean.buffer_size} updates: rule fedavg takes one of each worker",
+                f"{self.buffer_size} updates: rule fedavg takes one of each worker",
             )
-        return self.mean.fold(state, arrival)
+        return 1.0
 
-    def advance(self, state: State) -> bool:
-        """End the round when K clients are in it."""
-        if not self.mean.full(state):
-            return False
-        g = self.mean.take(state)
-        self.optimizer.step(state, g.vector, g.scale, self.server_lr, g.staleness_weight)
-        return self.mean.begin_next(state)
+    def folded(self, state: State, arrival: Arrival, mass: float) -> None:
+        """The buffer itself remembers who is in the round."""
+
+    def stretch(self, state: State) -> Stretch:
+        """Step as far as the mean says."""
+        return Stretch()

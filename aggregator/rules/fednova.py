@@ -1,13 +1,10 @@
 """FedNova: average what workers learned per local step."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aggregator.arrival import Arrival
-from aggregator.rules.mean import Mean
-from aggregator.rules.rule import NEEDS_NOTHING, Needs
-from aggregator.server_optimizer import ServerOptimizer
+from aggregator.rules.averaging import Stretch
 from aggregator.state import State
 
 STEPS = "fednova_steps"  # sum of n_i a_i over the open buffer, n_i = 1 unless by samples
@@ -36,7 +33,7 @@ def effective_steps(num_steps: int, momentum: float = 0.0, proximal: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class FedNova:
+class PerStep:
     """Normalised averaging, for workers that take different numbers of local steps.
 
         d_i = Delta_i / a_i;    w_{v+1} = w_v + server_lr * tau_eff * sum_i p_i s(tau_i) d_i
@@ -52,52 +49,32 @@ class FedNova:
     arXiv:2007.07481; `JYWa/FedNova distoptim/FedNova.py`.
 
     Attributes:
-        mean: of the buffer.
-        optimizer: what steps along tau_eff times the mean of d_i.
-        server_lr: eta_g > 0.
         steps: tau_eff; 0: the mean of the buffer's own.
         momentum: of the workers' SGD, in [0, 0.9999].
         proximal: the workers' lr times mu, in [0, 1); not together with momentum.
     """
 
-    mean: Mean
-    optimizer: ServerOptimizer
-    server_lr: float
     steps: float = 0.0
     momentum: float = 0.0
     proximal: float = 0.0
-    name: str = "fednova"
-    needs: Needs = NEEDS_NOTHING
 
     @property
-    def buffer_kind(self) -> str:
+    def kind(self) -> str:
         """The sum holds deltas divided by what momentum and the proximal term make of their steps."""
-        return f"{self.name}(momentum={self.momentum:g}, proximal={self.proximal:g}){self.mean.kind}"
+        return f"(momentum={self.momentum:g}, proximal={self.proximal:g})"
 
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The running sum of s(tau_i) n_i d_i."""
-        return self.mean.sums
+    def factor(self, state: State, arrival: Arrival) -> float:
+        """Take the delta per effective step."""
+        return 1.0 / self._effective(arrival)
 
-    @property
-    def arrays(self) -> Mapping[str, float]:
-        """What optimizer and combiner remember."""
-        return {**self.optimizer.arrays, **self.mean.arrays}
+    def folded(self, state: State, arrival: Arrival, mass: float) -> None:
+        """Add up the steps."""
+        state.facts[STEPS] = state.facts.get(STEPS, 0.0) + mass * self._effective(arrival)
 
-    def fold(self, state: State, arrival: Arrival) -> float:
-        """Add the delta per effective step to the running sum."""
-        steps = effective_steps(arrival.update.num_steps, self.momentum, self.proximal)
-        mass = self.mean.mass_of(state, arrival)
-        weight = self.mean.fold(state, arrival, 1.0 / steps)
-        state.facts[STEPS] = state.facts.get(STEPS, 0.0) + mass * steps
-        return weight
-
-    def advance(self, state: State) -> bool:
-        """Step when K updates are buffered."""
-        if not self.mean.full(state):
-            return False
-        g = self.mean.take(state)
+    def stretch(self, state: State) -> Stretch:
+        """Step tau_eff times the mean of d_i."""
         own = state.facts.pop(STEPS) / sum(contribution.mass for contribution in state.buffer)
-        stretch = self.steps or own
-        self.optimizer.step(state, g.vector, stretch * g.scale, self.server_lr, g.staleness_weight)
-        return self.mean.begin_next(state)
+        return Stretch(gradient=self.steps or own)
+
+    def _effective(self, arrival: Arrival) -> float:
+        return effective_steps(arrival.update.num_steps, self.momentum, self.proximal)

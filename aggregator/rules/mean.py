@@ -79,13 +79,9 @@ class Mean:
         """What the combiner remembers."""
         return {} if self.combiner is None else dict(self.combiner.arrays)
 
-    def repeats(self, state: State, client: str) -> bool:
-        """Tell whether a client is in the open buffer already."""
-        return any(contribution.update_id.startswith(f"{client}/") for contribution in state.buffer)
-
     def mass_of(self, state: State, arrival: Arrival) -> float:
         """Return the share in the divisor that an update is going to have."""
-        if self.distinct and self.repeats(state, arrival.update.client):
+        if self.distinct and repeats(state, arrival.update.client):
             return 0.0
         return self._share(arrival)
 
@@ -152,3 +148,8 @@ class Mean:
                 delta = read_record(record, state.model.layout)
                 delta.add_into(rows[place], contribution.weight * len(rows) / divisor)
         return rows
+
+
+def repeats(state: State, client: str) -> bool:
+    """Tell whether a client is in the open buffer already."""
+    return any(contribution.update_id.startswith(f"{client}/") for contribution in state.buffer)

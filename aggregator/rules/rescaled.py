@@ -1,13 +1,10 @@
 """Rescaled: every worker gets the same say, however often it sends."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from aggregator.arrival import Arrival
-from aggregator.rules.mean import Mean
-from aggregator.rules.rule import NEEDS_NOTHING, Needs
-from aggregator.server_optimizer import ServerOptimizer
+from aggregator.rules.averaging import Stretch
 from aggregator.state import State
 
 INTERVALS = "rescaled"
@@ -47,53 +44,29 @@ class Rescaled:
     mean_j (1 / rate_j); algorithms.md, 1.7.
 
     Attributes:
-        mean: of the buffer.
-        optimizer: what steps along it.
-        server_lr: eta_g > 0.
         smoothing: in (0, 1]; 1: only the last interval counts.
         weight_max: >= 1; 1 turns the weights off.
         clients: entries of the table; 0: 10,000.
     """
 
-    mean: Mean
-    optimizer: ServerOptimizer
-    server_lr: float
     smoothing: float
     weight_max: float
     clients: int = 0
-    name: str = "rescaled"
-    needs: Needs = NEEDS_NOTHING
+    kind: str = ""
 
-    @property
-    def buffer_kind(self) -> str:
-        """Its sum is of rescaled deltas."""
-        return self.name + self.mean.kind
+    def factor(self, state: State, arrival: Arrival) -> float:
+        """Return w_i."""
+        fleet = self._fleet(state)
+        return self._weight(fleet, self._interval(fleet, arrival.update.client))
 
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The running sum."""
-        return self.mean.sums
+    def folded(self, state: State, arrival: Arrival, mass: float) -> None:
+        """Count the update and write down when its client was heard."""
+        fleet, client = self._fleet(state), arrival.update.client
+        self._note(fleet, client, self._interval(fleet, client))
 
-    @property
-    def arrays(self) -> Mapping[str, float]:
-        """What optimizer and combiner remember."""
-        return {**self.optimizer.arrays, **self.mean.arrays}
-
-    def fold(self, state: State, arrival: Arrival) -> float:
-        """Add the rescaled delta to the running sum."""
-        client, fleet = arrival.update.client, self._fleet(state)
-        interval = self._interval(fleet, client)
-        weight = self.mean.fold(state, arrival, self._weight(fleet, interval))
-        self._note(fleet, client, interval)
-        return weight
-
-    def advance(self, state: State) -> bool:
-        """Step when K updates are buffered."""
-        if not self.mean.full(state):
-            return False
-        g = self.mean.take(state)
-        self.optimizer.step(state, g.vector, g.scale, self.server_lr, g.staleness_weight)
-        return self.mean.begin_next(state)
+    def stretch(self, state: State) -> Stretch:
+        """Step as far as the mean says."""
+        return Stretch()
 
     def _fleet(self, state: State) -> dict[str, Any]:
         """Return the table: updates accepted, sum and number of known T_j, client -> [its last, T], oldest first."""
