@@ -14,7 +14,7 @@ from shared.metrics import AggregatorMetrics, serve
 from shared.model_image import ModelImage
 from shared.store.ports import StateStore
 from shared.store.redis import RedisStore
-from shared.transport.rabbitmq import RabbitSource
+from shared.transport.rabbitmq import QueueLimits, RabbitSource
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -42,9 +42,12 @@ def run(settings: AggregatorSettings) -> None:
         return aggregator.problem or (f"no step for {idle_s:.0f} s" if idle_s > STUCK_S else None) or _broker(source)
 
     stop_serving = serve(metrics.registry, settings.metrics_port, health)
-    store = RedisStore(settings.store_url, settings.job, settings.durable)
+    store = RedisStore(settings.store_url, settings.job, settings.durable, settings.store_replicas)
     wait_for_servers(lambda: log.info("Redis %s, commits durable", store.check()), settings.wait_s, stop)
-    source = RabbitSource(settings.broker_url, settings.job, settings.prefetch)
+    limits = QueueLimits(
+        settings.queue_bytes_max, settings.queue_updates_max, settings.dead_bytes_max, settings.dead_age_max_s
+    )
+    source = RabbitSource(settings.broker_url, settings.job, settings.prefetch, limits)
     try:
         wait_for_servers(lambda: source.link.wait_ready(CONNECT_S), settings.wait_s, stop)
         log.info("RabbitMQ %s, queue of job %s", source.link.server_version(), settings.job)

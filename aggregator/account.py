@@ -11,7 +11,6 @@ from typing import Any
 from shared.errors import Reason, RejectedUpdate
 from shared.messages import UPDATE_ID, Update
 from shared.metrics import AggregatorMetrics
-from shared.transport.ports import Delivery
 
 APPLIED, DUPLICATE, STALE, REJECTED = "applied", "duplicate", "stale", "rejected"
 
@@ -53,19 +52,33 @@ class Account:
         if outcome == APPLIED:
             self.created_at.append(update.created_at)
 
-    def reject(self, delivery: Delivery, error: RejectedUpdate, version: int, now: float) -> None:
-        """Note a message that went to the dead letters."""
+    def reject(self, client: str, update_id: str, error: RejectedUpdate, version: int, now: float, known: bool) -> bool:
+        """Note an update that is rejected; tell whether that is an outcome of its own.
+
+        It is not where the update had its outcome before, nor where somebody else may have sent it in the name of
+        its client, who is then not told of it either.
+
+        Args:
+            client: last word of the routing key.
+            update_id: as the message's properties have it.
+            error: why.
+            version: model version it met.
+            now: unix seconds.
+            known: that update had its outcome before.
+        """
+        match = UPDATE_ID.fullmatch(update_id)
+        own = match is not None and match[1] == client and error.reason is not Reason.CLIENT
+        outcome = DUPLICATE if own and known else REJECTED
         entry = {
-            "id": delivery.update_id[:256], "outcome": REJECTED, "reason": str(error.reason),
-            "detail": error.detail[:200], "client": delivery.client, "version": version,
+            "id": update_id[:256], "outcome": outcome, "reason": str(error.reason), "detail": error.detail[:200],
+            "client": client, "version": version,
         }  # fmt: skip
         self.entries.append(entry)
-        if len(delivery.client) <= 64:
-            self.clients[delivery.client] = json.dumps({"seen": now} | entry)
-        own = UPDATE_ID.fullmatch(delivery.update_id)
-        # A client is told only of its own updates, and not what somebody else sent in its name.
-        if own is not None and own[1] == delivery.client and error.reason is not Reason.CLIENT:
-            self.outcomes.setdefault(delivery.client, []).append((delivery.update_id, REJECTED))
+        if len(client) <= 64:
+            self.clients[client] = json.dumps({"seen": now} | entry)
+        if own:
+            self.outcomes.setdefault(client, []).append((update_id, outcome))
+        return own and not known
 
     def add_to(self, totals: dict[str, int]) -> dict[str, int]:
         """Return the totals after these entries."""

@@ -10,21 +10,14 @@ import json
 import logging
 import threading
 import uuid
-from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-from aggregator.account import APPLIED, DUPLICATE, STALE, Account
-from aggregator.admission import Admission, admit
-from aggregator.arrival import Arrival
+from aggregator.account import APPLIED, Account
 from aggregator.downlink import Downlink
-from aggregator.robust import guards_of
-from aggregator.rules import rule_of
-from aggregator.staleness import parse_staleness
+from aggregator.intake import Intake
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, rule_of_state, small_part
-from shared.choices import parse
 from shared.clock import Clock
-from shared.compression import Decoded
 from shared.config import AggregatorSettings
 from shared.errors import (
     Reason,
@@ -32,21 +25,21 @@ from shared.errors import (
     SettingsError,
     Unavailable,
     VersionConflict,
-    VersionGone,
 )
-from shared.messages import Update
 from shared.metrics import AggregatorMetrics
 from shared.published import NOTHING
-from shared.rules import RULE_TABLE, RULES
-from shared.store.ports import Commit, StateStore, Stored
+from shared.store.ports import REFUSED_IDS_MAX, Commit, StateStore, Stored
 from shared.transport.ports import Delivery, UpdateSource
-from shared.vector import Vector
 
 log = logging.getLogger("fedmq.aggregator")
 
-BASES_HELD = 2  # base versions FedAsync keeps at hand, each of model size
 KEPT_BYTES_MAX = 64 * 2**20  # of records that changed: a commit is due, so that memory does not grow with the workers
 RETRY_S = (0.1, 5.0)  # first and longest wait after a store did not answer
+ANNOUNCED = (  # the settings a worker, or `fedmq replay`, needs to know
+    "rule", "buffer_size", "server_lr", "alpha", "staleness", "staleness_max", "weight_by_samples", "codec",
+    "update_bytes_max", "message_bytes_max", "part_bytes", "downlink", "snapshots", "server_optimizer", "robust",
+    "clients", "trusted_client",
+)  # fmt: skip
 
 
 class Aggregator:
@@ -67,13 +60,11 @@ class Aggregator:
     ) -> None:  # fmt: skip
         self.settings, self.metrics, self.stop = settings, metrics, threading.Event()
         self._source, self._store, self._clock, self._poll_s = source, store, clock, poll_s
-        self._rule, self._guards = rule_of(settings), guards_of(settings)
-        weighed = "staleness" in RULES[parse(settings.rule, RULE_TABLE).name].uses
-        self._weight = parse_staleness(settings.staleness if weighed else "constant")
+        self._intake = Intake(settings, store, clock)
+        self._rule = self._intake.rule
         self._held: Delivery | None = None  # received, not yet settled
         self._pending: list[Delivery] = []  # settled in memory, to be acked after the next commit
         self._account = Account()
-        self._bases: OrderedDict[int, Vector] = OrderedDict()
         self._token = ""
         self._in_doubt = False  # a commit was not answered: it may have happened
         self._retry_s = RETRY_S[0]
@@ -82,7 +73,6 @@ class Aggregator:
         self.problem: str | None = None
         self._downlink = Downlink(settings, store)
         self.state = self._adopt(self._load())
-        self._admission = Admission(settings.job, self.state.model.layout, settings.update_bytes_max)
 
     def step(self) -> bool:
         """Receive a delivery, settle it, commit if due; tell whether there was work.
@@ -97,11 +87,13 @@ class Aggregator:
         if self._held is None:
             self._held = next(iter(self._source.receive(1, self._wait_s())), None)
         worked = self._held is not None
-        if not self._account.entries:
+        if not self._uncommitted:
             self._catch_up(reload=worked)
+            self._pending_since = self._clock.monotonic()
         if self._held is not None:
             self._settle(self._held)
             self._held = None
+        self._intake.give_up_abandoned(self.state, self._account)
         if self._commit_due():
             self._commit()
         return worked
@@ -122,74 +114,33 @@ class Aggregator:
     def finish(self) -> None:
         """Commit what is open, once; what cannot be committed now will be delivered again."""
         try:
-            if self._account.entries:
+            if self._uncommitted:
                 self._commit()
         except Unavailable as error:
             log.warning("%s; the uncommitted updates stay in the queue", error)
 
     def _settle(self, delivery: Delivery) -> None:
         """Decide what becomes of one delivery and note it; only a commit makes it final."""
-        now = self._clock.now()
-        if not self._account.entries:
-            self._pending_since = self._clock.monotonic()
+        grown = False
         self.metrics.update_bytes.observe(len(delivery.body))
         try:
             with self.metrics.decode.time():
-                update, delta = admit(delivery, self._admission, self.state.committed_version)
-                outcome, staleness, weight = self._apply(update, delta)
+                grown = self._intake.take_in(self.state, self._account, delivery)
         except RejectedUpdate as error:
             if error.reason is Reason.BASE_VERSION and self._rival_committed():
                 self._reload()
                 return
-            log.warning("rejected an update of %s: %s", delivery.client, error)
             self._source.reject(delivery, error.reason, error.detail)
-            self._account.reject(delivery, error, self.state.version, now)
-            return
-        version = self.state.version
-        self._account.settle(update, len(delivery.body), outcome, staleness, weight, version, now)
+            self._intake.reject(self.state, self._account, delivery.client, delivery.update_id, error)
         self._pending.append(replace(delivery, body=b""))  # a window of bodies would outweigh the model
-        if outcome == APPLIED and update.client != self._guards.trusted_client:  # whose updates are in no buffer
-            self.state.buffer_since = self.state.buffer_since or now
-            if self._rule.advance(self.state):
-                self.state.buffer_since, self._advanced = 0.0, True
-                forget_old_ids(self.state, self._floor())
+        if grown and self._rule.advance(self.state):
+            self.state.buffer_since, self._advanced = 0.0, True
+            forget_old_ids(self.state, self._floor())
 
-    def _apply(self, update: Update, delta: Decoded) -> tuple[str, int, float]:
-        """Take in an admitted update unless it is a duplicate or too stale; return outcome, staleness, weight."""
-        state = self.state
-        staleness = state.version - update.base_version
-        if update.update_id in state.applied:
-            return DUPLICATE, staleness, 0.0
-        if staleness > self.settings.staleness_max or update.base_version < state.floor:
-            return STALE, staleness, 0.0
-        if update.client == self._guards.trusted_client:
-            self._guards.trust(state, update, delta)
-            weight = 0.0
-        else:
-            weight = self._fold(update, delta, staleness)
-        state.applied[update.update_id] = update.base_version
-        return APPLIED, staleness, weight
-
-    def _fold(self, update: Update, delta: Decoded, staleness: int) -> float:
-        """Have the guards look at an update and the rule take it in; return its factor, for the ledger."""
-        state, judged = self.state, Arrival(update, delta, staleness, 1.0)
-        weight = self._weight(staleness) * self._guards.weigh(state, judged)
-        base = self._base(update.base_version) if self._rule.needs.base else None
-        weight = self._rule.fold(state, Arrival(update, delta, staleness, weight, base))
-        self._guards.applied(state, judged)
-        return weight
-
-    def _base(self, version: int) -> Vector:
-        """Return the weights of a published version, from the few at hand or from the store."""
-        if version not in self._bases:
-            try:
-                self._bases[version] = self._store.model(version).weights
-            except VersionGone as error:
-                raise RejectedUpdate(Reason.BASE_VERSION, f"base_version {version} is not stored: {error}") from error
-            while len(self._bases) > BASES_HELD:
-                self._bases.popitem(last=False)
-        self._bases.move_to_end(version)
-        return self._bases[version]
+    @property
+    def _uncommitted(self) -> bool:
+        """Whether anything happened since the last commit."""
+        return bool(self._pending or self._account.entries)
 
     def _commit_due(self) -> bool:
         """Tell whether to commit now.
@@ -198,9 +149,9 @@ class Aggregator:
         when an accepted update has waited long enough; when the prefetch window runs full.
         """
         now = self._clock.monotonic()
-        if not self._account.entries:
+        if not self._uncommitted:
             return False
-        held = len(self._account.entries)
+        held = len(self._pending)
         fresh = self._advanced and not self.state.buffer
         if fresh and (
             now - self._committed_at >= self.settings.commit_interval_s or 2 * held >= self.settings.prefetch
@@ -214,7 +165,7 @@ class Aggregator:
 
     def _wait_s(self) -> float:
         """Return how long to wait for a first delivery without missing a commit that falls due."""
-        if not self._account.entries:
+        if not self._uncommitted:
             return self._poll_s
         due = self._pending_since + self.settings.commit_age_max_s
         if self._advanced:
@@ -246,12 +197,14 @@ class Aggregator:
         """Return everything since the last commit."""
         state = self.state
         arrays = (*self._rule.arrays, *(self._rule.sums if state.buffer else ()))
+        changed = arrays if state.arrays_changed else tuple(name for name in arrays if name not in state.stored_arrays)
         return Commit(
             expected_revision=state.revision,
             token=self._token,
             version=state.version,
             model=state.model if moved else None,
-            arrays={name: state.arrays[name] for name in arrays},
+            arrays={name: state.arrays[name] for name in changed},
+            arrays_unchanged=[name for name in arrays if name not in changed],
             state=small_part(state, self._rule.buffer_kind, self._rule.name, arrays),
             applied={e["id"]: e["base_version"] for e in self._account.entries if e["outcome"] == APPLIED},
             applied_floor=self._floor(),
@@ -263,6 +216,7 @@ class Aggregator:
             outcomes=self._account.outcomes,
             publication=self._downlink.publish(state.version, state.model) if moved else NOTHING,
             kept=dict(state.kept.changes),
+            refused=dict(state.refused_now),
         )
 
     def _committed(self, moved: bool, dropped: list[int]) -> None:
@@ -270,6 +224,10 @@ class Aggregator:
         state = self.state
         state.revision += 1
         state.kept.committed()
+        state.refused_now, state.arrays_changed = {}, False
+        state.stored_arrays = (*self._rule.arrays, *(self._rule.sums if state.buffer else ()))
+        while len(state.refused) > REFUSED_IDS_MAX:
+            del state.refused[next(iter(state.refused))]
         if moved:
             state.committed_version = state.version
             self._downlink.committed(self.metrics)
@@ -343,7 +301,7 @@ class Aggregator:
                 f"rule {self._rule.name} began with FEDMQ_CLIENTS={state.facts['clients']} and its sum is over those: "
                 f"it cannot go on with {clients}; begin a new job from its model"
             )
-        self._bases.clear()
+        self._intake.begin(state.model.layout)
         self.metrics.version.set(state.version)
         self.metrics.buffered.set(len(state.buffer))
         return state
@@ -361,11 +319,4 @@ class Aggregator:
 
     def describe(self) -> dict[str, Any]:
         """Return what a worker needs to know of the job."""
-        s = self.settings
-        return {
-            "rule": s.rule, "buffer_size": s.buffer_size, "server_lr": s.server_lr, "alpha": s.alpha,
-            "staleness": s.staleness, "staleness_max": s.staleness_max, "weight_by_samples": s.weight_by_samples,
-            "codec": s.codec, "update_bytes_max": s.update_bytes_max, "downlink": s.downlink, "snapshots": s.snapshots,
-            "server_optimizer": s.server_optimizer, "robust": s.robust, "clients": s.clients,
-            "trusted_client": s.trusted_client,
-        }  # fmt: skip
+        return {name: getattr(self.settings, name) for name in ANNOUNCED}

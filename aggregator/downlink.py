@@ -58,7 +58,10 @@ class Downlink:
         """
         index, image = self._store.published(-1), None
         if self._codec is not None and not head.published:
-            image = self._store.model(head.version)
+            try:
+                image = self._store.model(head.version)
+            except VersionGone as error:  # a rival has moved on: nothing that comes of this state will be committed
+                log.warning("version %d is gone before it was adopted: %s", head.version, error)
         elif self._codec is not None:
             way = plan(index, head.version, -1)
             try:

@@ -7,11 +7,12 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from aggregator.partial import PREFIX, Partial
 from shared.model_image import ModelImage
 from shared.store.ports import Stored
 from shared.vector import Vector
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,16 @@ class State:
         committed_version: newest version that others can have pulled.
         model: the weights of `version`.
         arrays: model-size vectors of the rule, e.g. the running sum.
+        arrays_changed: since the last commit.
+        stored_arrays: names of those that the store holds.
         kept: records of the rule, one a client or a place in the buffer, e.g. a client's last delta.
         facts: small facts of the rule, msgpack's types; keys of maps are text.
         buffer: contributions since the last version.
         buffer_since: unix seconds when the oldest of them came; 0 while there is none.
         applied: update_id -> base_version of applied updates within the staleness horizon.
+        refused: update_id -> `stale`, or the reason of its rejection; the first outcome of an update is final.
+        refused_now: those of them since the last commit.
+        partial: client -> its update of which some parts are here; their payload is in `kept`.
         floor: updates with a base_version below it are refused for good: their ids may have been forgotten. It
             never sinks, also when staleness_max is raised.
         versions: versions whose weights the store holds, ascending.
@@ -100,11 +106,16 @@ class State:
     committed_version: int
     model: ModelImage
     arrays: dict[str, Vector] = field(default_factory=dict)
+    arrays_changed: bool = False
+    stored_arrays: tuple[str, ...] = ()
     kept: Kept = field(default_factory=lambda: Kept(lambda name: None))
     facts: dict[str, Any] = field(default_factory=dict)
     buffer: list[Contribution] = field(default_factory=list)
     buffer_since: float = 0.0
     applied: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    refused_now: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, Partial] = field(default_factory=dict)
     floor: int = 0
     versions: list[int] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
@@ -113,6 +124,10 @@ class State:
     def weights(self) -> Vector:
         """The flat weights, a view into the model."""
         return self.model.weights
+
+    def refuse(self, update_id: str, outcome: str) -> None:
+        """Note that an update is refused for good."""
+        self.refused[update_id] = self.refused_now[update_id] = outcome
 
 
 def from_stored(
@@ -127,11 +142,11 @@ def from_stored(
         arrays: vectors that last -> what missing ones are filled with.
         read: reads a kept record from the store.
     """
-    fresh: dict[str, Any] = {"buffer": [], "since": 0.0, "floor": 0, "totals": {}}
+    fresh: dict[str, Any] = {"buffer": [], "since": 0.0, "floor": 0, "totals": {}, "partial": {}}
     small = msgpack.unpackb(stored.state) if stored.state else fresh
     kept, own = Kept(read, set(small.get("kept", ()))), small.get("facts_of") == rule
     if not own:
-        for name in sorted(kept.names):
+        for name in sorted(name for name in kept.names if not name.startswith(PREFIX)):
             kept.drop(name)
     return State(
         revision=stored.head.revision,
@@ -140,11 +155,14 @@ def from_stored(
         model=stored.model,
         arrays={name: _array(stored, name, 0.0, True) for name in sums}
         | {name: _array(stored, name, first, own) for name, first in arrays.items()},
+        stored_arrays=tuple(stored.arrays),
         kept=kept,
         facts=small["facts"] if own else {},
         buffer=[Contribution(*item) for item in small["buffer"]],
         buffer_since=small["since"],
         applied=stored.applied,
+        refused=stored.refused,
+        partial={client: Partial.read(record) for client, record in small["partial"].items()},
         floor=small["floor"],
         versions=stored.versions,
         totals=small["totals"],
@@ -183,6 +201,7 @@ def small_part(state: State, kind: str, rule: str, arrays: tuple[str, ...]) -> b
     record: dict[str, Any] = {"format": STATE_FORMAT, "rule": kind, "arrays": list(arrays), "buffer": buffer}
     record |= {"since": state.buffer_since, "floor": state.floor, "totals": state.totals}
     record |= {"facts_of": rule, "facts": state.facts, "kept": sorted(state.kept.names)}
+    record |= {"partial": {client: partial.record() for client, partial in state.partial.items()}}
     packed: bytes = msgpack.packb(record)
     return packed
 

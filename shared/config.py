@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from shared import choices
 from shared.compression import canonical, downlink_codec
 from shared.errors import SettingsError
-from shared.messages import ID
+from shared.messages import ENVELOPE_BYTES_MAX, ID, PART_BYTES, PART_BYTES_MIN
 from shared.rules import (
     ADAPTIVE,
     ADAPTIVE_LR,
@@ -131,6 +131,11 @@ class AggregatorSettings(Settings):
     commit_interval_s: float = Field(0.5, ge=0, description="least seconds between two commits of new versions")
     commit_age_max_s: float = Field(30.0, gt=0, description="longest an accepted update waits to be durable, seconds")
     durable: bool = Field(True, description="refuse a Redis that may forget acknowledged writes")
+    store_replicas: int = Field(
+        0, ge=0, le=16, description="replicas of Redis that must have a commit before it counts"
+    )
+    record_dir: Path | None = Field(None, description="keep every received update in this folder, for `fedmq replay`")
+    record_bytes_max: int = Field(16 * 2**30, ge=2**20, description="the oldest records go beyond this")
     init_model: Path | None = Field(None, description="start the job from this safetensors file")
     rule: Annotated[str, _chosen(RULE_TABLE)] = Field("fedbuff", description="how updates make versions; see Rules")
     buffer_size: int = Field(10, ge=1, le=100_000, description="updates averaged into one version")
@@ -154,9 +159,30 @@ class AggregatorSettings(Settings):
     staleness_max: int = Field(100, ge=0, le=100_000, description="refuse updates staler than this, versions")
     weight_by_samples: bool = Field(False, description="weigh each update by its num_samples")
     codec: Annotated[str, AfterValidator(_codec)] = Field("int8 | zstd", description="how workers encode updates")
-    update_bytes_max: int = Field(
+    part_bytes: int = Field(
+        PART_BYTES,
+        ge=PART_BYTES_MIN,
+        le=256 * 2**20,
+        description="updates whose payload is longer travel in parts of this size",
+    )
+    message_bytes_max: int = Field(
         16 * 2**20, ge=1024, le=512 * 2**20, description="largest message; RabbitMQ 4 takes 16 MiB by default"
     )
+    update_bytes_max: int = Field(
+        2 * 2**30, ge=1024, le=64 * 2**30, description="largest update, all its parts together"
+    )
+    parts_bytes_max: int = Field(
+        4 * 2**30, ge=1024, description="payload of all unfinished updates in parts, held in the store"
+    )
+    parts_age_max_s: float = Field(
+        21_600.0, gt=0, description="an unfinished update is given up so long after its last part, seconds"
+    )
+    queue_bytes_max: int = Field(
+        8 * 2**30, ge=2**20, description="updates waiting in the queue; beyond, workers keep theirs and slow down"
+    )
+    queue_updates_max: int = Field(1_000_000, ge=1, description="the same as a number of messages")
+    dead_bytes_max: int = Field(2**30, ge=2**20, description="dead letters kept, the newest")
+    dead_age_max_s: float = Field(2_592_000.0, ge=1, description="dead letters are kept so long, seconds")
     downlink: Annotated[str, AfterValidator(_downlink)] = Field(
         "off", description="send workers compressed differences of versions: off, on, or a codec for them"
     )
@@ -176,6 +202,8 @@ class AggregatorSettings(Settings):
             defaults |= {"staleness_max": 0}
         if rule in EVERY_UPDATE_A_VERSION and str(clients := given.get("clients", "")).isdecimal():
             defaults |= {"staleness_max": min(100_000, max(100, 10 * int(clients)))}
+        if str(limit := given.get("message_bytes_max", "")).isdecimal():
+            defaults |= {"part_bytes": min(PART_BYTES, max(PART_BYTES_MIN, int(limit) - ENVELOPE_BYTES_MAX))}
         return defaults | dict(given)
 
     @model_validator(mode="after")
@@ -198,6 +226,11 @@ class AggregatorSettings(Settings):
             problems.append(
                 f"FEDMQ_DOWNLINK={self.downlink} and FEDMQ_SNAPSHOTS={self.snapshots} do not go with rule fedasync: it "
                 "needs the very weights each worker started from, which are the stored versions only without them"
+            )
+        if self.message_bytes_max - ENVELOPE_BYTES_MAX < self.part_bytes > PART_BYTES_MIN:
+            problems.append(
+                f"FEDMQ_PART_BYTES={self.part_bytes} and {ENVELOPE_BYTES_MAX} bytes of envelope exceed "
+                f"FEDMQ_MESSAGE_BYTES_MAX={self.message_bytes_max}"
             )
         if self.commit_interval_s > self.commit_age_max_s:
             problems.append(

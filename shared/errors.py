@@ -73,6 +73,7 @@ class Reason(StrEnum):
     CODEC = "codec"  # an unknown codec, or a payload its decoder refuses
     NOT_FINITE = "not_finite"  # NaN, infinity, or values whose squared norm overflows float32
     RULE = "rule"  # the aggregation rule cannot use it, e.g. several local steps where it takes one
+    INCOMPLETE = "incomplete"  # sent in parts, and not put together: parts never came, or there was no room
     SURPLUS = "surplus"  # its client has its share of the open buffer already
     SUSPICIOUS = "suspicious"  # a defence took it for an attack
 

@@ -7,8 +7,8 @@ every size before memory is spent and raises `RejectedUpdate` and nothing else.
 import math
 import re
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgpack
@@ -18,7 +18,11 @@ from shared.errors import Reason, RejectedUpdate
 FORMAT = 1
 CONTENT_TYPE = "application/vnd.fedmq.update+msgpack"
 ENVELOPE_BYTES_MAX = 64 * 2**10  # everything but the payload
+PART_BYTES = 8 * 2**20  # of payload in a message; what is longer travels in parts
+PART_BYTES_MIN = 64  # smaller ones are all envelope
+PARTS_MAX = 2**16
 METRICS_MAX = 64  # numbers a worker may attach
+MAPS_MAX = 16  # in one message, which has three: 16 MiB of small ones would take 350 MB and a second
 NAME_CHARS_MAX = 64  # a metric's name
 NUM_SAMPLES_MAX = 10**9
 NUM_STEPS_MAX = 10**9
@@ -26,6 +30,21 @@ ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 UPDATE_ID = re.compile(r"([A-Za-z0-9_-]{1,64})/([A-Za-z0-9_-]{1,64})/([0-9]{1,18})")
 
 Scalar = str | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which slice of an update's payload a message carries.
+
+    Attributes:
+        index: 0 for the first.
+        count: slices in all, at least 2.
+        payload_bytes: of the whole payload.
+    """
+
+    index: int
+    count: int
+    payload_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +60,11 @@ class Update:
         num_steps: local optimizer steps, 1 to 1e9.
         layout: hash of the model's layout, hex.
         codec: `{"name": ...}` and what the decoder needs.
-        payload: the encoded delta (weights after - weights before).
+        payload: the encoded delta (weights after - weights before), or the slice of it that `part` says.
         metrics: finite numbers the task reports, e.g. `loss`.
         train_seconds: wall time of the training.
         created_at: unix seconds when it was finished.
+        part: None when the payload is whole.
     """
 
     job: str
@@ -59,41 +79,70 @@ class Update:
     metrics: Mapping[str, float]
     train_seconds: float
     created_at: float
+    part: Part | None = None
 
 
-_NAMES = tuple(field.name for field in fields(Update))
+_NAMES = tuple(field.name for field in fields(Update) if field.name != "part")
 
 
 def encode(update: Update) -> bytes:
-    """Write an update as the contract's msgpack map."""
+    """Write an update, or a part of one, as the contract's msgpack map."""
     record: dict[str, Any] = {"format": FORMAT} | {name: getattr(update, name) for name in _NAMES}
     record["checksum"] = zlib.crc32(update.payload)
+    if (part := update.part) is not None:
+        record |= {"part": part.index, "parts": part.count, "payload_bytes": part.payload_bytes}
     return msgpack.packb(record, use_bin_type=True)  # type: ignore[no-any-return]
 
 
-def decode(body: bytes, update_bytes_max: int) -> Update:
+def split(body: bytes, part_bytes: int) -> Iterator[bytes]:
+    """Yield the messages an encoded update travels as: itself, or its parts in order.
+
+    Args:
+        body: what `encode` returned for a whole update.
+        part_bytes: of payload in a message, at most.
+    """
+    if len(body) <= part_bytes:
+        yield body
+        return
+    update = decode(body, len(body))
+    size = len(update.payload)
+    part_bytes = max(part_bytes, -(-size // PARTS_MAX))
+    count = -(-size // part_bytes)
+    if count < 2:
+        yield body
+        return
+    slices = memoryview(update.payload)
+    for index in range(count):
+        piece = bytes(slices[index * part_bytes : (index + 1) * part_bytes])
+        yield encode(replace(update, payload=piece, part=Part(index, count, size)))
+
+
+def decode(body: bytes, message_bytes_max: int) -> Update:
     """Read and check one message.
 
     Args:
         body: whatever arrived.
-        update_bytes_max: the job's limit for a whole message, in bytes.
+        message_bytes_max: the job's limit for a message, in bytes.
 
     Raises:
         RejectedUpdate: too large, malformed, of another format, a value out of range, or a wrong checksum.
     """
-    if len(body) > update_bytes_max:
-        raise RejectedUpdate(Reason.TOO_LARGE, f"message of {len(body)} bytes; update_bytes_max is {update_bytes_max}")
+    if len(body) > message_bytes_max:
+        raise RejectedUpdate(
+            Reason.TOO_LARGE,
+            f"message of {len(body)} bytes; message_bytes_max is {message_bytes_max}: send it in parts",
+        )
     try:
         record = msgpack.unpackb(
             body, raw=False, strict_map_key=True, max_map_len=METRICS_MAX, max_array_len=0, max_ext_len=0,
-            max_str_len=ENVELOPE_BYTES_MAX, max_bin_len=len(body),
+            max_str_len=ENVELOPE_BYTES_MAX, max_bin_len=len(body), object_hook=_counting(MAPS_MAX),
         )  # fmt: skip
     except Exception as error:  # msgpack raises ValueError, its own types, UnicodeDecodeError, RecursionError, ...
         raise RejectedUpdate(Reason.MALFORMED, f"not a msgpack map: {type(error).__name__}: {error}") from error
     if not isinstance(record, dict):
         raise RejectedUpdate(Reason.MALFORMED, f"a msgpack {type(record).__name__}, not a map")
     if record.get("format") != FORMAT or type(record["format"]) is not int:
-        raise RejectedUpdate(Reason.FORMAT, f"format {record.get('format')!r}; this aggregator speaks {FORMAT}")
+        raise RejectedUpdate(Reason.FORMAT, f"format {_shown(record.get('format'))}; this aggregator speaks {FORMAT}")
     update = Update(
         job=_identifier(record, "job"),
         client=_identifier(record, "client"),
@@ -107,6 +156,7 @@ def decode(body: bytes, update_bytes_max: int) -> Update:
         metrics=_numbers(record, "metrics"),
         train_seconds=_number(record, "train_seconds"),
         created_at=_number(record, "created_at"),
+        part=_part(record),
     )
     match = UPDATE_ID.fullmatch(update.update_id)
     if match is None or match[1] != update.client:
@@ -114,6 +164,24 @@ def decode(body: bytes, update_bytes_max: int) -> Update:
             Reason.MALFORMED, f"update_id {update.update_id!r} is not {update.client}/<incarnation>/<sequence>"
         )
     return update
+
+
+def _counting(maps_max: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a hook that stops the reading of a message at its first map too many."""
+    left = iter(range(maps_max))
+
+    def hook(record: dict[str, Any]) -> dict[str, Any]:
+        if next(left, None) is None:
+            raise ValueError(f"more than {maps_max} maps in one message")
+        return record
+
+    return hook
+
+
+def _shown(value: object) -> str:
+    """Return what a message says, for a refusal: of a map only that it is one, for maps may be nested."""
+    plain = value is None or isinstance(value, str | int | float)
+    return repr(value)[:40] if plain else f"a {type(value).__name__}"
 
 
 def _text(record: Mapping[str, Any], name: str, chars_max: int) -> str:
@@ -133,14 +201,14 @@ def _identifier(record: Mapping[str, Any], name: str) -> str:
 def _whole(record: Mapping[str, Any], name: str, low: int, high: int, reason: Reason) -> int:
     value = record.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RejectedUpdate(reason, f"{name} must be a whole number from {low} to {high}, got {str(value)[:40]}")
+        raise RejectedUpdate(reason, f"{name} must be a whole number from {low} to {high}, got {_shown(value)}")
     return value
 
 
 def _number(record: Mapping[str, Any], name: str) -> float:
     value = record.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-        raise RejectedUpdate(Reason.MALFORMED, f"{name} must be a finite number >= 0, got {str(value)[:40]}")
+        raise RejectedUpdate(Reason.MALFORMED, f"{name} must be a finite number >= 0, got {_shown(value)}")
     return float(value)
 
 
@@ -164,11 +232,24 @@ def _scalars(record: Mapping[str, Any], name: str) -> dict[str, Scalar]:
     return value
 
 
+def _part(record: Mapping[str, Any]) -> Part | None:
+    if "part" not in record and "parts" not in record:
+        return None
+    count = _whole(record, "parts", 2, PARTS_MAX, Reason.MALFORMED)
+    index = _whole(record, "part", 0, count - 1, Reason.MALFORMED)
+    size = _whole(record, "payload_bytes", (count - 1) * PART_BYTES_MIN + 1, 2**53, Reason.MALFORMED)
+    if not 0 < len(record["payload"]) < size:
+        raise RejectedUpdate(
+            Reason.MALFORMED, f"part {index} has {len(record['payload'])} of {size} bytes of payload in {count} parts"
+        )
+    return Part(index, count, size)
+
+
 def _payload(record: Mapping[str, Any]) -> bytes:
     payload, checksum = record.get("payload"), record.get("checksum")
     if not isinstance(payload, bytes):
         raise RejectedUpdate(Reason.MALFORMED, "payload must be binary")
     actual = zlib.crc32(payload)
     if checksum != actual:
-        raise RejectedUpdate(Reason.CHECKSUM, f"the payload's crc32 is {actual}, the message says {checksum!r}")
+        raise RejectedUpdate(Reason.CHECKSUM, f"the payload's crc32 is {actual}, the message says {_shown(checksum)}")
     return payload

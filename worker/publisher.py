@@ -5,6 +5,7 @@ import threading
 
 from shared.clock import Clock
 from shared.errors import PublishRefused, PublishUnconfirmed, Unavailable
+from shared.messages import PART_BYTES, split
 from shared.metrics import WorkerMetrics
 from shared.transport.ports import Outgoing, UpdateSink
 from worker.outbox import Outbox
@@ -23,11 +24,13 @@ class Publisher:
     ) -> None:  # fmt: skip
         self._job, self._client, self._outbox, self._sink = job, client, outbox, sink
         self._clock, self._metrics, self._confirm_timeout_s = clock, metrics, confirm_timeout_s
+        self.part_bytes = PART_BYTES  # the job's, once it is known: what is longer is published in parts
+        self._confirmed: tuple[str, int, int] = ("", 0, 0)  # of the oldest update: its id, part_bytes, parts confirmed
         self.wake = threading.Event()  # set when the outbox has news
         self.problem: str | None = None
 
     def step(self, timeout_s: float = float("inf")) -> bool:
-        """Publish the oldest update, if there is one; tell whether one was confirmed.
+        """Publish the oldest update, if there is one, in parts if it is long; tell whether one was confirmed.
 
         Args:
             timeout_s: wait no longer for the confirm than this, nor than the setting says.
@@ -38,11 +41,23 @@ class Publisher:
         waiting = self._outbox.oldest()
         if waiting is None:
             return False
+        update_id, part_bytes = waiting.update_id, self.part_bytes
+        done = self._confirmed[2] if self._confirmed[:2] == (update_id, part_bytes) else 0
         body = waiting.body()
+        for index, piece in enumerate(split(body, part_bytes)):
+            if index >= done:
+                message = Outgoing(self._job, self._client, update_id, piece, piece is not body)
+                self._publish(message, min(timeout_s, self._confirm_timeout_s))
+                self._confirmed = update_id, part_bytes, index + 1
+        self._outbox.confirm(waiting)
+        self._metrics.outbox.set(len(self._outbox))
+        self.problem = None
+        return True
+
+    def _publish(self, message: Outgoing, timeout_s: float) -> None:
         outcome = "refused"
         try:
-            message = Outgoing(self._job, self._client, waiting.update_id, body)
-            self._sink.publish(message, min(timeout_s, self._confirm_timeout_s))
+            self._sink.publish(message, timeout_s)
             outcome = "confirmed"
         except PublishUnconfirmed:
             outcome = "unknown"
@@ -52,11 +67,7 @@ class Publisher:
             raise
         finally:
             self._metrics.published.labels(outcome).inc()
-        self._outbox.confirm(waiting)
-        self._metrics.sent_bytes.inc(len(body))
-        self._metrics.outbox.set(len(self._outbox))
-        self.problem = None
-        return True
+        self._metrics.sent_bytes.inc(len(message.body))
 
     def run(self, stop: threading.Event) -> None:
         """Publish until stopped, backing off while the broker does not take updates."""

@@ -17,7 +17,7 @@ from shared.compression import AUTO, Codec, parse
 from shared.config import WorkerSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
 from shared.layout import Layout, difference
-from shared.messages import ENVELOPE_BYTES_MAX, Update, encode
+from shared.messages import ENVELOPE_BYTES_MAX, PART_BYTES, Update, encode
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import WorkerStore
@@ -214,6 +214,7 @@ class Worker:
                     self._not_started()
                     return False
                 self._since = head.created_at
+                self._publisher.part_bytes = int(self._job.get("part_bytes", PART_BYTES))
             if head is not None and (self._replica.differs(head) or head.layout != self._layout.hash):
                 self._check(self._replica.pull(head))
                 log.debug("pulled version %d", head.version)
@@ -306,7 +307,7 @@ class Worker:
             raise SettingsError(
                 f"an update of {theirs.num_params} parameters as {name} may take {size} bytes, the job's "
                 f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise "
-                "FEDMQ_UPDATE_BYTES_MAX (and max_message_size of RabbitMQ)"
+                "FEDMQ_UPDATE_BYTES_MAX"
             )
 
     def _codec(self, delta: Vector, train_seconds: float, seed: int) -> Codec:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from aggregator.admission import Admission, admit
+from aggregator.admission import Admission, admit, delta_of
 from ops.bench.updates import JOB, encoded_update, model_of
 from shared.compression.block_int import BLOCK
 from shared.transport.ports import Delivery
@@ -20,10 +20,10 @@ def fold_rate(num_params: int, repeats: int, codec: str = "int8") -> float:
     total = np.zeros(num_params, np.float32)
     update_id, body = encoded_update(model, 0, codec=codec)
     delivery = Delivery(body, "bench", None, update_id, (0, 0))
-    admission = Admission(JOB, model.layout, 2**30)
+    admission = Admission(JOB, model.layout, 2**30, 2**30)
 
     def once() -> None:
-        _, delta = admit(delivery, admission, 0)
+        delta = delta_of(admit(delivery, admission, 0), admission)
         delta.add_into(total, 0.5)
 
     return 1.0 / _median_s(once, repeats, num_params)

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import astuple
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot, write_snapshot
-from shared.store.ports import OUTCOMES_MAX, Commit, Head, Stored
+from shared.store.ports import OUTCOMES_MAX, REFUSED_IDS_MAX, Commit, Head, Stored
 from shared.vector import Vector
 
 
@@ -35,6 +36,7 @@ class InProcessStore:
         self._arrays: dict[str, Vector] = {}
         self._state = b""
         self._applied: dict[str, int] = {}
+        self._refused: dict[str, str] = {}
         self._job: dict[str, Any] = {}
         self._snapshots: dict[int, tuple[SnapshotEntry, bytes]] = {}
         self._deltas: dict[int, tuple[DeltaEntry, bytes]] = {}
@@ -134,8 +136,8 @@ class InProcessStore:
                 return None
             arrays = {name: array.copy() for name, array in self._arrays.items()}
             state, applied, versions = self._state, dict(self._applied), sorted(self._models)
-            data = self._models[head.version]
-        return Stored(head, ModelImage.from_chunks(self.layout(), [data]), arrays, state, applied, versions)
+            data, refused = self._models[head.version], dict(self._refused)
+        return Stored(head, ModelImage.from_chunks(self.layout(), [data]), arrays, state, applied, versions, refused)
 
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule."""
@@ -157,7 +159,9 @@ class InProcessStore:
                 self.meta.setdefault(commit.version, {}).update(commit.meta)
                 published = commit.publication.sha256
                 self._publish(commit.publication)
-            self._arrays = {name: array.copy() for name, array in commit.arrays.items()}
+            self._arrays = {name: self._arrays[name] for name in commit.arrays_unchanged} | {
+                name: array.copy() for name, array in commit.arrays.items()
+            }
             self._state = commit.state
             for name, record in commit.kept.items():
                 if record is None:
@@ -167,6 +171,9 @@ class InProcessStore:
             self._applied.update(commit.applied)
             if self._applied and min(self._applied.values()) < commit.applied_floor:
                 self._applied = {k: base for k, base in self._applied.items() if base >= commit.applied_floor}
+            self._refused.update(commit.refused)
+            for update_id in list(islice(self._refused, max(0, len(self._refused) - REFUSED_IDS_MAX))):
+                del self._refused[update_id]
             updates = json.loads(commit.ledger)
             self.ledger.append({"revision": head.revision + 1, "version": commit.version, "updates": updates})
             self._clients.update(commit.clients)
@@ -189,7 +196,7 @@ class InProcessStore:
             return {
                 "head": astuple(self._head), "token": self._token, "models": dict(self._models), "state": self._state,
                 "arrays": {name: array.tobytes() for name, array in self._arrays.items()}, "applied": self._applied,
-                "job": self._job, "clients": self._clients, "meta": self.meta,
+                "refused": self._refused, "job": self._job, "clients": self._clients, "meta": self.meta,
                 "snapshots": [[astuple(entry), file] for entry, file in self._snapshots.values()],
                 "deltas": [[astuple(entry), record] for entry, record in self._deltas.values()],
                 "outcomes": {client: list(pairs) for client, pairs in self._outcomes.items()},
@@ -207,6 +214,7 @@ class InProcessStore:
             self._models, self._state, self._job = dict(dump["models"]), dump["state"], dump["job"]
             self._arrays = {name: np.frombuffer(array, np.float32) for name, array in dump["arrays"].items()}
             self._applied, self._clients, self.meta = dump["applied"], dump["clients"], dump["meta"]
+            self._refused = dump["refused"]
             self._snapshots = {entry[0]: (SnapshotEntry(*entry), file) for entry, file in dump["snapshots"]}
             self._deltas = {entry[0]: (DeltaEntry(*entry), record) for entry, record in dump["deltas"]}
             self._outcomes = {

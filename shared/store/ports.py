@@ -17,6 +17,8 @@ from shared.published import NOTHING, Delta, DeltaEntry, Index, Publication, Sna
 from shared.vector import Vector
 
 OUTCOMES_MAX = 128  # approximately: commits of which a client's outcomes are kept
+REFUSED_IDS_MAX = 2**16  # a broker delivers no more again than a consumer may hold
+CLIENTS_MAX = 100_000  # of which something is known; the longest unheard goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,13 @@ class Commit:
         token: unique to this commit; repeating a commit whose answer was lost succeeds.
         version: the model version after it.
         model: its weights, or None when the version did not change.
-        arrays: name -> float32 [n] of model size that make up the open buffer and optimizer state; all of them.
+        arrays: name -> float32 [n] of model size, of the open buffer and the optimizer, that changed.
+        arrays_unchanged: names of those that stay as they are stored; any other goes.
         state: the small rest of the state, bytes.
         applied: update_id -> base_version of the updates it applies.
         applied_floor: ids with a base_version below it may be forgotten.
+        refused: update_id -> `stale` or the reason of the updates it refuses for good; the newest `REFUSED_IDS_MAX` are
+            remembered.
         ledger: JSON list of what became of which update: id, outcome, staleness, weight.
         clients: client id -> JSON text of what is known of it.
         meta: facts about the new version, e.g. number of updates and their mean staleness.
@@ -83,6 +88,8 @@ class Commit:
     outcomes: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     publication: Publication = NOTHING
     kept: Mapping[str, bytes | None] = field(default_factory=dict)
+    arrays_unchanged: Sequence[str] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +102,7 @@ class Stored:
     state: bytes
     applied: dict[str, int]
     versions: list[int] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class ModelStore(Protocol):

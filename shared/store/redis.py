@@ -9,6 +9,7 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:meta:<v>           hash    sha256 chunks created_at updates staleness_mean evaluation:<metric> ...
     fedmq:{<job>}:versions           zset    versions whose weights are stored, scored by themselves
     fedmq:{<job>}:applied            zset    ids of applied updates, scored by their base_version
+    fedmq:{<job>}:refused            zset    * "<stale or reason> <id>" of the newest refused updates, by revision
     fedmq:{<job>}:ledger             stream  one entry a commit, its id <revision>-0: revision, version, updates (JSON)
     fedmq:{<job>}:clients            hash    client id -> JSON: when last seen, its last update and the outcome
     fedmq:{<job>}:outcomes:<client>  stream  one entry a commit, its id <revision>-0: updates (JSON); 30 days
@@ -51,7 +52,7 @@ from shared.vector import Vector
 ANSWER_S_MAX = 60.0  # 64 MiB over a slow link, or a slow disk's fsync
 STAGE_SECONDS = 3600  # pieces of a commit that never happened
 STAGE_BYTES = 2**20  # staged in one round trip; a larger piece has one to itself
-WAITAOF_MS = 10_000
+WAIT_MS = 10_000  # for a disk or replicas
 EVALUATIONS_MAX = 10_000  # approximately
 EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
 
@@ -65,12 +66,13 @@ class RedisStore:
         url: `redis://` or `rediss://` URL.
         job: the job's id.
         durable: refuse to commit to a Redis that may forget an acknowledged write.
+        replicas: of Redis, that must have a commit before it counts.
     """
 
-    def __init__(self, url: str, job: str, durable: bool = True) -> None:
+    def __init__(self, url: str, job: str, durable: bool = True, replicas: int = 0) -> None:
         self.url = url
         self._prefix = f"fedmq:{{{job}}}:"
-        self._durable, self._waitaof = durable, False
+        self._durable, self._waitaof, self._replicas = durable, False, replicas
         self._layout: Layout | None = None
         self._redis = connect(url, ANSWER_S_MAX)
         self._greeted = False
@@ -220,11 +222,13 @@ class RedisStore:
                 names = _array_names(state)
                 arrays = {name: self._array(name, head.num_params) for name in names}
                 scored = self._redis.zrange(self._key("applied"), 0, -1, withscores=True)
+                members = [member.decode().split(" ", 1) for member in self._redis.zrange(self._key("refused"), 0, -1)]
                 versions = [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)]
                 model = self.model(head.version)
                 if self._redis.hget(self._key("head"), "revision") == str(head.revision).encode():
                     applied = {member.decode(): int(score) for member, score in scored}
-                    return Stored(head, model, arrays, state, applied, versions)
+                    refused = {update_id: why for why, update_id in members}
+                    return Stored(head, model, arrays, state, applied, versions, refused)
             latest = self.head()
             if latest is None or latest.revision == head.revision:
                 raise SettingsError(
@@ -284,6 +288,12 @@ class RedisStore:
         with translated(self.url):
             fields = self._redis.hgetall(self._key(f"meta:{version}"))
         return {name.decode(): value.decode() for name, value in fields.items()}
+
+    def tagged(self, name: str) -> int | None:
+        """Return the version that a tag names, None when there is no such tag."""
+        with translated(self.url):
+            text = self._redis.get(self._key(f"tag:{name}"))
+        return None if text is None else int(text)
 
     def ledger(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """Yield the stored ledger entries of revisions beyond `after`, oldest first, with `updates` parsed.
@@ -376,18 +386,36 @@ class RedisStore:
         """Run the script and wait until it is durable; return its answer."""
         # Redis's cmsgpack predates the msgpack type for binary: everything travels as the old raw type.
         argv = [expected, token, msgpack.packb(stage, use_bin_type=False), msgpack.packb(commands, use_bin_type=False)]
-        with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
-            pipe.execute_command("EVAL", SCRIPT, 1, self._key("head"), *argv)
-            if self._waitaof:
-                pipe.execute_command("WAITAOF", 1, 0, WAITAOF_MS)
-            answers = pipe.execute()
-        if self._waitaof and answers[1][0] < 1:
-            raise StoreUnavailable(f"Redis did not sync the commit to disk within {WAITAOF_MS / 1000:g} s")
-        answer = str(answers[0].decode())
+        answer = self._evaluate(SCRIPT, argv)
         if answer != "done" and stage:  # also when repeated: its pieces were staged once more
             with translated(self.url):
                 self._redis.delete(*stage)
         return "done" if answer == "again" else answer
+
+    def _evaluate(self, script: str, argv: Sequence[Any]) -> str:
+        """Run a script on the head and wait until what it did is durable; return its answer."""
+        with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
+            pipe.execute_command("EVAL", script, 1, self._key("head"), *argv)
+            if self._waitaof:
+                pipe.execute_command("WAITAOF", 1, self._replicas, WAIT_MS)
+            elif self._replicas:
+                pipe.execute_command("WAIT", self._replicas, WAIT_MS)
+            answers = pipe.execute()
+        self._check_copies(answers[1:])
+        return str(answers[0].decode())
+
+    def _check_copies(self, answers: list[Any]) -> None:
+        """Make sure that a commit is on as many disks as it must; repeated, it is found done and waited for again."""
+        if not answers:
+            return
+        on_disk, copies = answers[0] if self._waitaof else (1, answers[0])
+        if on_disk < 1:
+            raise StoreUnavailable(f"Redis did not sync the commit to disk within {WAIT_MS / 1000:g} s")
+        if copies < self._replicas:
+            raise StoreUnavailable(
+                f"{copies} of {self._replicas} replicas of Redis had the commit within {WAIT_MS / 1000:g} s: see "
+                "FEDMQ_STORE_REPLICAS"
+            )
 
     def _parse_head(self, fields: dict[bytes, bytes]) -> Head | None:
         if not fields:

@@ -15,7 +15,7 @@ from shared.layout import Layout
 from shared.model_image import ModelImage, chunk_count, cut, piece_count
 from shared.published import Publication
 from shared.snapshot import write_snapshot
-from shared.store.ports import OUTCOMES_MAX, Commit
+from shared.store.ports import OUTCOMES_MAX, REFUSED_IDS_MAX, Commit
 from shared.vector import Vector
 
 LEDGER_ENTRIES_MAX = 100_000  # approximately: Redis trims whole nodes
@@ -91,6 +91,11 @@ def commands_of(
     for start in range(0, len(members), SCRIPT_ARGS_MAX):
         commands.append(["ZADD", key("applied"), *members[start : start + SCRIPT_ARGS_MAX]])
     commands.append(["ZREMRANGEBYSCORE", key("applied"), "-inf", f"({commit.applied_floor}"])
+    members = [part for update_id, why in commit.refused.items() for part in (revision, f"{why} {update_id}")]
+    for start in range(0, len(members), SCRIPT_ARGS_MAX):
+        commands.append(["ZADD", key("refused"), *members[start : start + SCRIPT_ARGS_MAX]])
+    if members:
+        commands.append(["ZREMRANGEBYRANK", key("refused"), 0, -REFUSED_IDS_MAX - 1])
     entry = ["revision", revision, "version", commit.version, "updates", commit.ledger]
     commands.append(["XADD", key("ledger"), "MAXLEN", "~", LEDGER_ENTRIES_MAX, f"{revision}-0", *entry])
     for client, text in commit.clients.items():

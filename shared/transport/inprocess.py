@@ -15,6 +15,7 @@ class DeadLetter:
 
     body: bytes
     client: str
+    update_id: str
     reason: str
     detail: str
 
@@ -103,10 +104,10 @@ class InProcessSource:
                 self._unacked.pop(delivery.tag, None)
 
     def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
-        """Move to the dead letters."""
+        """Copy to the dead letters."""
         with self._broker._changed:
-            if self._unacked.pop(delivery.tag, None) is not None:
-                self._broker.dead.append(DeadLetter(delivery.body, delivery.client, reason, detail))
+            if delivery.tag in self._unacked:
+                self._broker.dead.append(DeadLetter(delivery.body, delivery.client, delivery.update_id, reason, detail))
 
     def recover(self) -> None:
         """Put everything unacked back at the head of the queue, in order."""

@@ -5,6 +5,7 @@ EXCHANGE = "fedmq.updates"  # durable, topic
 DEAD_EXCHANGE = "fedmq.dead"  # durable, topic; messages with the headers below
 HEADER_REASON = "fedmq-reason"
 HEADER_DETAIL = "fedmq-detail"
+HEADER_REPLAYED = "fedmq-replayed"  # unix seconds; an operator sent a dead letter once more
 
 
 def routing_key(job: str, client: str) -> str:

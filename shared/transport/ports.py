@@ -17,13 +17,15 @@ class Outgoing:
     Attributes:
         job, client: they make the routing key `update.<job>.<client>`.
         update_id: AMQP message_id.
-        body: the encoded update.
+        body: the encoded update, or a part of one.
+        is_part: the latter; AMQP type `update-part` instead of `update`.
     """
 
     job: str
     client: str
     update_id: str
     body: bytes
+    is_part: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Delivery:
         user_id: login the broker vouches for, None when the publisher named none.
         update_id: AMQP message_id, "" when missing.
         tag: the adapter's own handle.
+        replayed: an operator sent a dead letter once more.
     """
 
     body: bytes
@@ -43,6 +46,7 @@ class Delivery:
     user_id: str | None
     update_id: str
     tag: tuple[int, int]
+    replayed: bool = False
 
 
 class UpdateSink(Protocol):
@@ -73,11 +77,15 @@ class UpdateSource(Protocol):
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Tell the broker to forget these; call it only when their effect is durable.
 
-        Deliveries of an earlier connection are ignored: the broker sends them again.
+        A rejected one is forgotten once its copy is safe with the dead letters too. Deliveries of an earlier
+        connection are ignored: the broker sends them again.
         """
 
     def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
-        """Move a message to the dead letters; it is acked once the broker confirmed the copy there."""
+        """Hand a copy of a message to the dead letters; `ack` the delivery as any other, when that is durable.
+
+        After a crash between the two the message comes again, and may stand twice among the dead letters.
+        """
 
     def recover(self) -> None:
         """Have every delivery that is not acked delivered again."""

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from shared.transport.names import (
     EXCHANGE,
     HEADER_DETAIL,
     HEADER_REASON,
+    HEADER_REPLAYED,
     dead_queue,
     queue,
     routing_key,
@@ -33,6 +35,23 @@ INBOX_BYTES_LOW = 2**21  # ... until 2 MiB are left: receiving and folding take 
 PAUSE_S = 0.2
 DETAIL_CHARS_MAX = 1000  # an AMQP header
 BURY_S_MAX = 3.0  # how long `close` waits for dead letters to be confirmed
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What the queues of a job may hold.
+
+    Attributes:
+        bytes_max: of updates; beyond, publishers are refused and keep theirs.
+        updates_max: the same as a number of messages.
+        dead_bytes_max: of dead letters; the oldest go.
+        dead_age_max_s: so long a dead letter is kept, seconds.
+    """
+
+    bytes_max: int = 8 * 2**30
+    updates_max: int = 1_000_000
+    dead_bytes_max: int = 2**30
+    dead_age_max_s: float = 2_592_000.0
 
 
 class RabbitSink:
@@ -72,7 +91,7 @@ class RabbitSink:
             delivery_mode=2,
             message_id=message.update_id,
             timestamp=int(time.time()),
-            type="update",
+            type="update-part" if message.is_part else "update",
             user_id=self._login if self._login == message.client else None,
         )
         self._sequence += 1
@@ -118,10 +137,16 @@ class RabbitSource:
     Messages are received by the connection's thread while the caller folds. Acks are cumulative: a tag is
     acked when all before it are settled, so a rejected message that waits for its dead-letter confirm holds
     back the acks behind it, never the other way round.
+
+    Args:
+        url: AMQP URL.
+        job: the job's id.
+        prefetch: deliveries held unacked.
+        limits: of queues that do not exist yet.
     """
 
-    def __init__(self, url: str, job: str, prefetch: int) -> None:
-        self._job, self._prefetch = job, prefetch
+    def __init__(self, url: str, job: str, prefetch: int, limits: QueueLimits | None = None) -> None:
+        self._job, self._prefetch, self._limits = job, prefetch, limits or QueueLimits()
         self._changed = threading.Condition()
         self._inbox: deque[Delivery] = deque()
         self._inbox_bytes = 0
@@ -132,6 +157,7 @@ class RabbitSource:
         self._open: OrderedDict[int, bool] = OrderedDict()  # tag -> acked out of order; owner thread only, as the rest
         self._dead: dict[int, int] = {}  # publish sequence on the dead-letter channel -> delivery tag
         self._dead_sequence = 0
+        self._waiting: set[int] = set()  # tags acked before their dead letter is confirmed
         self._channel: Channel = None
         self._dead_channel: Channel = None
         self.link = Link(url, f"fedmq aggregator {job}", self._prepare, self._on_down, self._pause_when_full)
@@ -153,7 +179,7 @@ class RabbitSource:
         self.link.call(partial(self._settle, epoch, tags))
 
     def reject(self, delivery: Delivery, reason: Reason, detail: str) -> None:
-        """Publish to the dead letters; ack on its confirm."""
+        """Publish to the dead letters."""
         if delivery.tag[0] == self._epoch:
             self.link.call(partial(self._bury, delivery, str(reason), detail[:DETAIL_CHARS_MAX]))
 
@@ -168,7 +194,7 @@ class RabbitSource:
         self.link.reconnect("asking for everything unacked again")
 
     def close(self) -> None:
-        """Close the connection, after the acks and rejects handed over before."""
+        """Close the connection, after the acks and dead letters handed over before."""
         done = threading.Event()
 
         def look() -> None:
@@ -185,7 +211,12 @@ class RabbitSource:
         self._channel = channel
         updates, dead, binding = queue(self._job), dead_queue(self._job), routing_key(self._job, "*")
         quorum: dict[str, Any] = {"x-queue-type": "quorum"}
-        served: dict[str, Any] = {"x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE}
+        limits = self._limits
+        served: dict[str, Any] = {
+            "x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE, "x-overflow": "reject-publish",
+            "x-max-length-bytes": limits.bytes_max, "x-max-length": limits.updates_max,
+        }  # fmt: skip
+        kept = {"x-max-length-bytes": limits.dead_bytes_max, "x-message-ttl": int(1000 * limits.dead_age_max_s)}
         major = self.link.server_version().split(".")[0]
         if major.isdigit() and int(major) >= 4:  # 4.0 drops after 20 returns: restarts must not burn good updates
             served["x-delivery-limit"] = -1
@@ -202,7 +233,7 @@ class RabbitSource:
         return [
             partial(channel.exchange_declare, EXCHANGE, "topic", durable=True),
             partial(channel.exchange_declare, DEAD_EXCHANGE, "topic", durable=True),
-            partial(declare, dead, arguments=quorum),
+            partial(declare, dead, arguments=quorum | kept),
             partial(channel.queue_bind, dead, DEAD_EXCHANGE, binding),
             partial(declare, updates, arguments=quorum | served),
             partial(channel.queue_bind, updates, EXCHANGE, binding),
@@ -221,10 +252,12 @@ class RabbitSource:
         self._open[method.delivery_tag] = False
         client = method.routing_key.rsplit(".", 1)[-1]
         tag = (self._epoch, method.delivery_tag)
+        replayed = HEADER_REPLAYED in (properties.headers or {})
+        delivery = Delivery(body, client, properties.user_id, properties.message_id or "", tag, replayed)
         with self._changed:
             if self._epoch == self._stale_epoch:
                 return
-            self._inbox.append(Delivery(body, client, properties.user_id, properties.message_id or "", tag))
+            self._inbox.append(delivery)
             self._inbox_bytes += len(body)
             self._changed.notify_all()
 
@@ -246,6 +279,9 @@ class RabbitSource:
         if epoch != self._epoch:
             return
         fresh = {tag for tag in tags if self._open.get(tag) is False}
+        early = fresh.intersection(self._dead.values())
+        self._waiting |= early
+        fresh -= early
         last = None
         while self._open:
             tag, acked = next(iter(self._open.items()))
@@ -271,6 +307,7 @@ class RabbitSource:
             content_type=CONTENT_TYPE,
             delivery_mode=2,
             message_id=delivery.update_id or None,
+            timestamp=int(time.time()),
             type="update",
             headers={HEADER_REASON: reason, HEADER_DETAIL: detail},
         )
@@ -289,7 +326,9 @@ class RabbitSource:
             return
         last = method.delivery_tag
         buried = [sequence for sequence in self._dead if sequence <= last] if method.multiple else [last]
-        self._settle(self._epoch, [self._dead.pop(sequence) for sequence in buried if sequence in self._dead])
+        safe = {self._dead.pop(sequence) for sequence in buried if sequence in self._dead}
+        self._settle(self._epoch, sorted(safe & self._waiting))
+        self._waiting -= safe
 
     def _on_down(self, problem: Exception) -> None:
         if ": 406 " in str(problem) and not self._passive:
@@ -302,6 +341,7 @@ class RabbitSource:
             self._full = False
         self._open.clear()
         self._dead.clear()
+        self._waiting.clear()
 
 
 def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:

@@ -1,11 +1,12 @@
 """Admission: each reason has a message that earns it, and a broken message costs the others nothing."""
 
+import itertools
 import zlib
 
 import numpy as np
 import pytest
 
-from aggregator.admission import Admission, admit
+from aggregator.admission import Admission, admit, delta_of
 from shared.compression.registry import EXAMPLES
 from shared.errors import Reason, RejectedUpdate
 from shared.messages import ENVELOPE_BYTES_MAX, encode
@@ -13,11 +14,12 @@ from tests.builders import JOB, System, delivery_of, model_of, packed, record_of
 
 LIMIT = 10**6
 GOOD = update_of(weights(1), base_version=2)
+NUMBERS = itertools.count()
 
 
 def spoiled(**changes):
     """Return a valid message with some fields replaced; a new payload gets its checksum."""
-    record = record_of(GOOD) | changes
+    record = record_of(GOOD) | {"update_id": f"a/broken/{next(NUMBERS)}"} | changes
     if "payload" in changes and "checksum" not in changes:
         record["checksum"] = zlib.crc32(changes["payload"])
     return packed(record)
@@ -37,21 +39,22 @@ BROKEN = {
     Reason.NOT_FINITE: (spoiled(payload=np.full(7, np.nan, "<f4").tobytes()), "NaN"),
 }
 
-OF_RULES_AND_GUARDS = {Reason.RULE, Reason.SURPLUS, Reason.SUSPICIOUS}  # what they refuse of admitted updates
+OF_OTHERS = {Reason.RULE, Reason.SURPLUS, Reason.SUSPICIOUS, Reason.INCOMPLETE}  # of rules, guards, and of parts
 
 
 def admission():
-    return Admission(JOB, model_of(weights(1)).layout, LIMIT)
+    return Admission(JOB, model_of(weights(1)).layout, LIMIT, LIMIT)
 
 
 def reason_of(body, committed_version=3, **delivery):
     with pytest.raises(RejectedUpdate) as caught:
-        admit(delivery_of(body, **delivery), admission(), committed_version)
+        delta_of(admit(delivery_of(body, **delivery), admission(), committed_version), admission())
     return caught.value
 
 
 def test_a_sound_update_is_admitted_with_its_delta():
-    update, delta = admit(delivery_of(encode(GOOD)), admission(), 3)
+    update = admit(delivery_of(encode(GOOD)), admission(), 3)
+    delta = delta_of(update, admission())
     total = np.zeros(7, np.float32)
     delta.add_into(total, 1.0)
     assert update == GOOD
@@ -59,7 +62,7 @@ def test_a_sound_update_is_admitted_with_its_delta():
 
 
 def test_every_reason_is_reachable():
-    assert set(BROKEN) == set(Reason) - OF_RULES_AND_GUARDS
+    assert set(BROKEN) == set(Reason) - OF_OTHERS
 
 
 @pytest.mark.parametrize("reason", BROKEN)
@@ -96,7 +99,7 @@ def test_a_message_larger_than_its_codec_can_need_is_rejected_before_it_is_decod
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("all")])
 def test_every_codec_passes_admission(name):
     update = update_of(weights(1), codec=name, base_version=0)
-    _, delta = admit(delivery_of(encode(update)), admission(), 0)
+    delta = delta_of(admit(delivery_of(encode(update)), admission(), 0), admission())
     total = np.zeros(7, np.float32)
     delta.add_into(total, 1.0)
     assert np.abs(total - weights(1)).max() < 0.5
@@ -107,7 +110,7 @@ def test_every_codec_passes_admission(name):
 
 def broken_system():
     """Return a system at version 3 with every broken message between two sound ones."""
-    system = System(buffer_size=1, update_bytes_max=LIMIT)
+    system = System(buffer_size=1, message_bytes_max=LIMIT)
     for seed in range(3):
         system.publish(weights(seed))
         system.drain()
@@ -151,7 +154,7 @@ def test_each_rejection_is_counted_under_its_reason_and_noted_in_the_ledger():
 
 
 def test_a_rejected_message_changes_no_weight():
-    system = System(buffer_size=1, update_bytes_max=LIMIT)
+    system = System(buffer_size=1, message_bytes_max=LIMIT)
     for body, _ in BROKEN.values():
         system.send_bytes(body)
     system.drain()
