@@ -6,6 +6,7 @@ import threading
 import typer
 
 from aggregator.aggregator import Aggregator
+from aggregator.recorder import Recorder
 from shared.clock import Clock, SystemClock
 from shared.command import log_to_stderr, settings_command, stop_on_signals, wait_for_servers
 from shared.config import AggregatorSettings
@@ -54,7 +55,13 @@ def run(settings: AggregatorSettings) -> None:
         waiting = f"waiting for version 0 of job {settings.job!r}"
         if not start_job(store, initial, settings.job, clock, stop):
             return
-        aggregator = Aggregator(settings, source, store, clock, metrics)
+        del initial  # of model size; the aggregator reads what is stored
+        received = (
+            Recorder(source, settings.record_dir, settings.job, settings.record_bytes_max)
+            if settings.record_dir
+            else source
+        )
+        aggregator = Aggregator(settings, received, store, clock, metrics)
         aggregator.stop = stop
         store.announce(aggregator.describe())
         running.append(aggregator)

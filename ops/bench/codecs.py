@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ops.bench import index_coding, zstd_levels
-from ops.bench.main import _count, _machine
+from ops.bench.main import _machine, count_of
 from ops.bench.measuring import Row, copy_rate, errors, row
 from ops.bench.peers_codecs import Result, absent, candidates, compare
 from ops.bench.recorded import Delta, deltas
@@ -42,7 +42,7 @@ def run(sizes: str, repeats: int, out: Path | None, picture: Path | None = None)
     lines = [_machine(), ""]
     say(lines)
     measured: list[tuple[Delta, list[Row]]] = []
-    counts = [_count(size) for size in sizes.split(",")]
+    counts = [count_of(size) for size in sizes.split(",")]
     for count in counts:
         for delta in deltas(count):
             rows = [row(name, delta, repeats) for name in CODECS]

@@ -24,7 +24,7 @@ def run(sizes: str, repeats: int, out: Path | None) -> None:
     Raises:
         SettingsError: a model size that is no number.
     """
-    counts = [_count(size) for size in sizes.split(",")]
+    counts = [count_of(size) for size in sizes.split(",")]
     lines = [_machine(), "", *_folds(counts, repeats), ""]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory(prefix="fedmq-bench-") as folder, PrivateServers() as servers:
@@ -87,7 +87,12 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def _count(size: str) -> int:
+def count_of(size: str) -> int:
+    """Read a number of parameters such as 100k or 1M.
+
+    Raises:
+        SettingsError: it is none.
+    """
     factor = {"k": 10**3, "m": 10**6}.get(size.strip()[-1:].lower(), 1)
     try:
         return int(float(size.strip().rstrip("kKmM")) * factor)

@@ -4,6 +4,7 @@ Every adapter passes `tests/contract/test_store.py`. Three ports: `ModelStore` i
 adds what a worker reads, and a login that can only read serves it; `StateStore` is the aggregator's.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,6 +20,14 @@ from shared.vector import Vector
 OUTCOMES_MAX = 128  # approximately: commits of which a client's outcomes are kept
 REFUSED_IDS_MAX = 2**16  # a broker delivers no more again than a consumer may hold
 CLIENTS_MAX = 100_000  # of which something is known; the longest unheard goes
+
+
+def unheard(clients: Mapping[str, str | bytes]) -> list[str]:
+    """Return which clients to forget: none, or beyond `CLIENTS_MAX` those unheard of for longest, a tenth at once."""
+    if len(clients) <= CLIENTS_MAX:
+        return []
+    by_age = sorted(clients, key=lambda client: float(json.loads(clients[client]).get("seen", 0.0)))
+    return by_age[: len(clients) - CLIENTS_MAX + CLIENTS_MAX // 10]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ class Commit:
         refused: update_id -> `stale` or the reason of the updates it refuses for good; the newest `REFUSED_IDS_MAX` are
             remembered.
         ledger: JSON list of what became of which update: id, outcome, staleness, weight.
-        clients: client id -> JSON text of what is known of it.
+        clients: client id -> JSON text of what is known of it, with `seen` in unix seconds; beyond `CLIENTS_MAX` those
+            unheard of for longest are forgotten.
         meta: facts about the new version, e.g. number of updates and their mean staleness.
         dropped_versions: versions whose weights may go.
         now: unix seconds.

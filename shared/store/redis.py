@@ -25,7 +25,7 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:kept               hash    * name -> "<revision> <pieces>" of the rule's records: a client's last
                                              delta, an update of the open buffer
     fedmq:{<job>}:kept:<name>:<r>:<c>  string  * a record as revision r wrote it, cut at 64 MiB; never changes
-    fedmq:{<job>}:stage:<token>:<i>  string  * pieces of a commit on their way; they expire when it never happens
+    fedmq:{<job>}:stage:<token>:<i>  any     * pieces of a commit, a backup or a restore on their way; they expire
 """
 
 import contextlib
@@ -43,8 +43,8 @@ from shared.layout import Layout
 from shared.model_image import ModelImage, chunk_count, fill_file, piece_count
 from shared.published import Delta, DeltaEntry, Index, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot
-from shared.store.ports import Commit, Head, Stored
-from shared.store.redis_commit import SCRIPT, KeptEntry, commands_of, flat, pieces_of, version_commands
+from shared.store.ports import CLIENTS_MAX, Commit, Head, Stored, unheard
+from shared.store.redis_commit import SCRIPT, SCRIPT_ARGS_MAX, KeptEntry, commands_of, flat, pieces_of, version_commands
 from shared.store.redis_link import CONNECT_S_MAX, connect, translated
 from shared.urls import hide_password
 from shared.vector import Vector
@@ -255,6 +255,7 @@ class RedisStore:
     def commit(self, commit: Commit) -> None:
         """Stage the large pieces, then compare-and-set."""
         stage, commands = self._stage(commit.token, pieces_of(commit))
+        commands += self._forget_clients(commit.clients)
         kept = self._kept_entries(list(commit.kept))  # of another revision only if the script finds a conflict too
         commands += commands_of(commit, self._key, self.layout, kept)
         answer = self._run(str(commit.expected_revision), commit.token, stage, commands)
@@ -359,6 +360,16 @@ class RedisStore:
         with translated(self.url):
             texts = self._redis.hmget(self._key("kept"), names)
         return {name: KeptEntry.read(text) for name, text in zip(names, texts, strict=True) if text is not None}
+
+    def _forget_clients(self, coming: Mapping[str, str]) -> list[list[Any]]:
+        """Return the commands that make room for what is known of more clients."""
+        key = self._key("clients")
+        with translated(self.url):
+            if self._redis.hlen(key) + len(coming) <= CLIENTS_MAX:
+                return []
+            known = {name.decode(): text for name, text in self._redis.hgetall(key).items()}
+        gone = unheard(known | dict(coming))
+        return [["HDEL", key, *gone[at : at + SCRIPT_ARGS_MAX]] for at in range(0, len(gone), SCRIPT_ARGS_MAX)]
 
     def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
         """Write the large pieces under stage keys; return those and the commands that move them into place.

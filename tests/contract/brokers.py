@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import pika
 
+from shared.errors import Reason
 from shared.transport.inprocess import InProcessBroker
 from shared.transport.names import HEADER_DETAIL, HEADER_REASON, dead_queue
 from shared.transport.ports import Delivery, Outgoing, UpdateSink, UpdateSource
@@ -173,6 +174,12 @@ def receive_until(source: UpdateSource, last: int, timeout_s: float = 30.0) -> l
 
     wait_until(marked, timeout_s, lambda: f"the marker {last} did not come, but {numbers(deliveries)}")
     return deliveries
+
+
+def refuse(source: UpdateSource, delivery: Delivery, reason: Reason, detail: str) -> None:
+    """Reject a delivery and ack it, as an aggregator does with a commit in between."""
+    source.reject(delivery, reason, detail)
+    source.ack([delivery])
 
 
 def number(delivery: Delivery) -> int:

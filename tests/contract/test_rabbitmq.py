@@ -26,9 +26,9 @@ from shared.errors import (
 )
 from shared.messages import CONTENT_TYPE
 from shared.transport.link import parameters
-from shared.transport.names import DEAD_EXCHANGE, EXCHANGE, VHOST, dead_queue, queue, routing_key
-from shared.transport.ports import Delivery
-from shared.transport.rabbitmq import INBOX_BYTES_MAX, RabbitSink, RabbitSource, queue_depths
+from shared.transport.names import DEAD_EXCHANGE, EXCHANGE, HEADER_REPLAYED, VHOST, dead_queue, queue, routing_key
+from shared.transport.ports import Delivery, Outgoing
+from shared.transport.rabbitmq import INBOX_BYTES_MAX, QueueLimits, RabbitSink, RabbitSource, queue_depths
 from shared.urls import hide_password
 from tests.contract.brokers import (
     Rabbit,
@@ -39,6 +39,7 @@ from tests.contract.brokers import (
     publish_when_back,
     receive,
     receive_until,
+    refuse,
 )
 from tests.contract.faults import frozen, listed, rabbitmqctl, silent_host, unreachable_host, wait_until
 
@@ -129,7 +130,7 @@ def test_while_the_broker_is_down_everybody_knows_and_waits(own: PrivateServer, 
     with pytest.raises(BrokerUnavailable, match=f"127.0.0.1:{own.port}"):
         sink.publish(message(job, 2), 30.0)
     source.ack(held[:1])
-    source.reject(held[1], Reason.JOB, "detail")
+    refuse(source, held[1], Reason.JOB, "detail")
     source.recover()
     assert source.receive(10, 0.0) == []
     assert time.monotonic() - started < 2.0
@@ -187,9 +188,9 @@ def test_a_rejected_message_is_not_lost_when_its_dead_letter_queue_was_deleted(
     publish(rabbit.sink(), job, [0])
     [delivery] = receive(source, 1)
     rabbitmqctl(servers.rabbitmq, "delete_queue", "-p", VHOST, dead_queue(job))
-    source.reject(delivery, Reason.JOB, "detail")
+    refuse(source, delivery, Reason.JOB, "detail")
     [delivery] = receive(source, 1)  # it comes again, and the queue is back
-    source.reject(delivery, Reason.JOB, "detail")
+    refuse(source, delivery, Reason.JOB, "detail")
     wait_until(lambda: [letter.body for letter in rabbit.letters(job)] == [b"a 0"])
 
 
@@ -343,8 +344,10 @@ def test_exchanges_and_queues_are_as_in_the_contract(servers: PrivateServers, ra
         channel.exchange_declare("fedmq.dead", "topic", durable=True)
         quorum = {"x-queue-type": "quorum"}
         updates = quorum | {"x-single-active-consumer": True, "x-dead-letter-exchange": "fedmq.dead"}
+        updates |= {"x-overflow": "reject-publish", "x-max-length-bytes": 8 * 2**30, "x-max-length": 1_000_000}
+        dead = quorum | {"x-max-length-bytes": 2**30, "x-message-ttl": 30 * 86_400_000}
         channel.queue_declare(f"fedmq.updates.{job}", durable=True, arguments=updates)
-        channel.queue_declare(f"fedmq.dead.{job}", durable=True, arguments=quorum)
+        channel.queue_declare(f"fedmq.dead.{job}", durable=True, arguments=dead)
     kinds = {row["name"]: row for row in listed(servers.rabbitmq, "queues", "name", "type", "arguments", vhost=VHOST)}
     assert {kinds[f"fedmq.{name}.{job}"]["type"] for name in ("updates", "dead")} == {"quorum"}
     bindings = {
@@ -397,7 +400,7 @@ def test_a_queue_that_an_operator_declared_otherwise_is_used_as_it_is(rabbit: Ra
     source = rabbit.source(job)
     publish(rabbit.sink(), job, [0])
     [delivery] = receive(source, 1)
-    source.reject(delivery, Reason.JOB, "detail")
+    refuse(source, delivery, Reason.JOB, "detail")
     wait_until(lambda: [letter.reason for letter in rabbit.letters(job)] == ["job"])
 
 
@@ -422,7 +425,7 @@ def test_a_published_message_has_the_properties_of_the_contract(rabbit: Rabbit, 
 def test_a_dead_letter_has_the_headers_of_the_contract(rabbit: Rabbit, job: str) -> None:
     source = rabbit.source(job)
     publish(rabbit.sink("dev"), job, [3], "dev")
-    source.reject(receive(source, 1)[0], Reason.NOT_FINITE, "NaN")
+    refuse(source, receive(source, 1)[0], Reason.NOT_FINITE, "NaN")
     with plain_channel(rabbit.url) as channel:
         method, properties, body = wait_until(
             lambda: (got := channel.basic_get(f"fedmq.dead.{job}", auto_ack=True))[0] is not None and got
@@ -439,7 +442,7 @@ def test_the_simplest_client_needs_a_routing_key_and_a_body(rabbit: Rabbit, job:
         channel.basic_publish("fedmq.updates", f"update.{job}.esp32_7", b"body")
     [delivery] = receive(source, 1)
     assert (delivery.body, delivery.client, delivery.user_id, delivery.update_id) == (b"body", "esp32_7", None, "")
-    source.reject(delivery, Reason.MALFORMED, "no map")
+    refuse(source, delivery, Reason.MALFORMED, "no map")
     wait_until(lambda: [letter.client for letter in rabbit.letters(job)] == ["esp32_7"])
 
 
@@ -721,7 +724,7 @@ def test_queue_depths_counts_what_waits(servers: PrivateServers, rabbit: Rabbit,
     source, sink = rabbit.source(job), rabbit.sink()
     publish(sink, job, range(3))
     for delivery in receive(source, 2):
-        source.reject(delivery, Reason.JOB, "detail")
+        refuse(source, delivery, Reason.JOB, "detail")
     url = servers.rabbitmq.url
     wait_until(lambda: queue_depths(url, job, 5.0) == {"updates": 0, "consumers": 1, "dead": 2})
     source.close()
@@ -749,3 +752,69 @@ def test_the_servers_version_is_known(rabbit: Rabbit, job: str) -> None:
 def unacked(server: PrivateServer, job: str) -> int:
     rows = listed(server, "queues", "name", "messages_unacknowledged", vhost=VHOST)
     return next(int(row["messages_unacknowledged"]) for row in rows if row["name"] == queue(job))
+
+
+# Limits
+
+
+def test_a_queue_over_its_limit_refuses_what_comes_and_keeps_what_it_has(rabbit: Rabbit, job: str) -> None:
+    source = RabbitSource(rabbit.url, job, 4, QueueLimits(updates_max=5))
+    source.link.wait_ready(10)
+    sink = rabbit.sink()
+    confirmed: list[int] = []
+
+    def refused() -> bool:
+        try:
+            publish(sink, job, [len(confirmed)])
+        except PublishRefused as error:
+            assert "full" in str(error)
+            return True
+        confirmed.append(len(confirmed))
+        return False
+
+    wait_until(refused)
+    assert len(confirmed) < 30
+    for _ in range(len(confirmed)):  # nothing that was confirmed gave way to what came later
+        source.ack(receive(source, 1))
+    publish_when_back(sink, message(job, MARKER))
+    assert numbers(receive(source, 1)) == [MARKER]
+    source.close()
+
+
+def test_dead_letters_over_their_limit_give_way_to_newer_ones(rabbit: Rabbit, job: str) -> None:
+    source = RabbitSource(rabbit.url, job, 64, QueueLimits(dead_bytes_max=2000, dead_age_max_s=3600))
+    source.link.wait_ready(10)
+    sink = rabbit.sink()
+    for sequence in range(30):
+        sink.publish(message(job, sequence, body=f"{sequence:03d}".encode() * 100), 30.0)
+        refuse(source, receive(source, 1)[0], Reason.CHECKSUM, "detail")
+    wait_until(lambda: queue_depths(rabbit.url, job, 5.0)["dead"] <= 7)
+    bodies = [letter.body[:3] for letter in rabbit.letters(job)]
+    assert bodies == [f"{sequence:03d}".encode() for sequence in range(30 - len(bodies), 30)]
+    assert 4 <= len(bodies) <= 7
+    source.close()
+
+
+def test_dead_letters_expire(rabbit: Rabbit, job: str) -> None:
+    source = RabbitSource(rabbit.url, job, 64, QueueLimits(dead_age_max_s=1.0))
+    source.link.wait_ready(10)
+    publish(rabbit.sink(), job, range(2))
+    for delivery in receive(source, 2):
+        refuse(source, delivery, Reason.CHECKSUM, "detail")
+    wait_until(lambda: queue_depths(rabbit.url, job, 5.0)["dead"] == 0)
+    source.close()
+
+
+def test_a_replayed_message_and_a_part_are_told_from_others(rabbit: Rabbit, job: str) -> None:
+    source = rabbit.source(job)
+    with plain_channel(rabbit.url) as channel:
+        spy = channel.queue_declare("", exclusive=True).method.queue
+        channel.queue_bind(spy, EXCHANGE, f"update.{job}.#")
+        rabbit.sink().publish(Outgoing(job, "a", "a/i/0", b"part", True), 10.0)
+        [ordinary] = receive(source, 1)
+        _, properties, _ = wait_until(lambda: (got := channel.basic_get(spy, auto_ack=True))[0] is not None and got)
+        assert properties.type == "update-part"
+        headers = pika.BasicProperties(headers={HEADER_REPLAYED: 1})
+        channel.basic_publish(EXCHANGE, f"update.{job}.a", b"again", headers)
+    [replayed] = receive(source, 1)
+    assert (ordinary.replayed, replayed.replayed) == (False, True)

@@ -172,6 +172,54 @@ def test_arrays_are_those_of_the_last_commit_alone(store: Store) -> None:
     assert loaded(store).arrays == {}
 
 
+def test_arrays_may_stay_as_they_are_stored(store: Store) -> None:
+    client = store.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, arrays={"sum": array(1), "moment": array(2)}))
+    same = {"state": state_of("moment", "sum"), "arrays_unchanged": ["moment"]}
+    client.commit(commit_of(1, 0, None, arrays={"sum": array(3)}, **same))
+    stored = loaded(store)
+    assert sorted(stored.arrays) == ["moment", "sum"]
+    assert np.all(stored.arrays["sum"] == 3)
+    assert np.all(stored.arrays["moment"] == 2)
+    client.commit(commit_of(2, 0, None, state=state_of("moment"), arrays_unchanged=["moment"]))
+    stored = loaded(store)
+    assert list(stored.arrays) == ["moment"]
+    assert np.all(stored.arrays["moment"] == 2)
+
+
+def test_refused_ids_are_remembered_with_the_first_word_and_the_newest_stay(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("inprocess", "redis_commit"):
+        monkeypatch.setattr(f"shared.store.{module}.REFUSED_IDS_MAX", 50)
+    client = store.open()
+    client.create(image(0), 1.0)
+    client.commit(commit_of(0, 0, None, refused={"a/i/1": "stale", "b/0_-Z/2": "too_large"}))
+    client.commit(commit_of(1, 0, None, refused={"a/i/3": "surplus"}))
+    assert loaded(store).refused == {"a/i/1": "stale", "b/0_-Z/2": "too_large", "a/i/3": "surplus"}
+    for revision in range(2, 12):
+        client.commit(commit_of(revision, 0, None, refused={f"c/i/{revision}-{n}": "stale" for n in range(7)}))
+    kept = loaded(store).refused
+    assert len(kept) == 50
+    assert {f"c/i/{revision}-{n}" for revision in range(5, 12) for n in range(7)} <= set(kept)
+
+
+def test_beyond_so_many_clients_those_unheard_of_are_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("ports", "redis"):
+        monkeypatch.setattr(f"shared.store.{module}.CLIENTS_MAX", 40)
+    client = store.open()
+    client.create(image(0), 1.0)
+    for revision in range(10):
+        seen = {f"c{revision}-{n}": json.dumps({"seen": 100 * revision + n}) for n in range(9)}
+        client.commit(commit_of(revision, 0, None, clients=seen | {"faithful": json.dumps({"seen": 100 * revision})}))
+    known = store.clients()
+    assert 36 <= len(known) <= 40
+    assert "faithful" in known
+    assert {f"c9-{n}" for n in range(9)} <= set(known)
+    assert not any(name.startswith("c0") for name in known)
+
+
 def test_thousands_of_ids_fit_a_commit(store: Store) -> None:
     client = store.open()
     client.create(image(0), 1.0)

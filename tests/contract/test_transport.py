@@ -21,6 +21,7 @@ from tests.contract.brokers import (
     publish,
     receive,
     receive_until,
+    refuse,
 )
 from tests.contract.faults import wait_until
 
@@ -60,7 +61,7 @@ def remaining(broker: Broker, source: UpdateSource, job: str) -> list[int]:
 def settled_letters(broker: Broker, source: UpdateSource, job: str) -> list[Letter]:
     """Return all dead letters of rejects made before: a marker is rejected and waited for."""
     publish(broker.sink("marker"), job, [MARKER], "marker")
-    source.reject(receive_until(source, MARKER)[-1], Reason.JOB, "marker")
+    refuse(source, receive_until(source, MARKER)[-1], Reason.JOB, "marker")
     wait_until(lambda: any(letter.client == "marker" for letter in broker.letters(job)))
     return broker.letters(job)[:-1]
 
@@ -261,7 +262,7 @@ def test_a_rejected_message_moves_to_the_dead_letters_once(broker: Broker, job: 
     source = broker.source(job)
     publish(broker.sink("dev"), job, [0], "dev")
     [delivery] = receive(source, 1)
-    source.reject(delivery, REASON, DETAIL)
+    refuse(source, delivery, REASON, DETAIL)
     [letter] = settled_letters(broker, source, job)
     assert (letter.body, letter.client, letter.reason, letter.detail) == (b"dev 0", "dev", "checksum", DETAIL)
     assert letter.update_id in (None, "dev/i/0")
@@ -274,18 +275,29 @@ def test_rejecting_one_in_the_middle_does_not_ack_the_others(broker: Broker, job
     source = broker.source(job)
     publish(broker.sink(), job, range(5))
     deliveries = receive(source, 5)
-    source.reject(deliveries[2], REASON, DETAIL)
+    refuse(source, deliveries[2], REASON, DETAIL)
     wait_until(lambda: broker.letters(job))
     source = again(source)
     assert {0, 1, 3, 4} <= set(remaining(broker, source, job))
 
 
+def test_a_rejected_message_that_is_not_acked_comes_again(broker: Broker, job: str, again: Again) -> None:
+    """Its aggregator died before the commit that says what became of it; the dead letter is there already."""
+    source = broker.source(job)
+    publish(broker.sink(), job, range(3))
+    deliveries = receive(source, 3)
+    source.reject(deliveries[1], REASON, DETAIL)
+    source.ack(deliveries[:1])
+    wait_until(lambda: [letter.body for letter in broker.letters(job)] == [b"a 1"])
+    source = again(source)
+    assert remaining(broker, source, job) == [1, 2]
+
+
 def test_a_rejected_message_does_not_wait_for_the_acks_before_it(broker: Broker, job: str, again: Again) -> None:
-    """It would be rejected again after a restart: two dead letters, and counted twice."""
     source = broker.source(job)
     publish(broker.sink(), job, range(5))
     deliveries = receive(source, 5)
-    source.reject(deliveries[2], REASON, DETAIL)
+    refuse(source, deliveries[2], REASON, DETAIL)
     settled = settled_letters(broker, source, job)
     assert [letter.body for letter in settled] == [b"a 2"]
     source = again(source)
@@ -296,7 +308,7 @@ def test_acks_behind_and_before_a_reject_count(broker: Broker, job: str, again: 
     source = broker.source(job)
     publish(broker.sink(), job, range(6))
     deliveries = receive(source, 6)
-    source.reject(deliveries[1], REASON, DETAIL)
+    refuse(source, deliveries[1], REASON, DETAIL)
     source.ack([deliveries[0], deliveries[2], deliveries[3]])
     assert [letter.body for letter in settled_letters(broker, source, job)] == [b"a 1"]
     source = again(source)
@@ -308,7 +320,7 @@ def test_a_reject_right_before_close_is_carried_out(broker: Broker, job: str) ->
     publish(broker.sink(), job, range(3))
     deliveries = receive(source, 3)
     source.ack(deliveries[:1])
-    source.reject(deliveries[1], REASON, DETAIL)
+    refuse(source, deliveries[1], REASON, DETAIL)
     source.close()
     source = broker.source(job)
     assert remaining(broker, source, job) == [2]
@@ -320,7 +332,7 @@ def test_every_reason_and_any_detail_arrive(broker: Broker, job: str) -> None:
     publish(broker.sink(), job, range(len(Reason)))
     detail = "Größe → \x00\n" + 3000 * "x"
     for delivery, reason in zip(receive(source, len(Reason)), Reason, strict=True):
-        source.reject(delivery, reason, detail)
+        refuse(source, delivery, reason, detail)
     letters = settled_letters(broker, source, job)
     assert [letter.reason for letter in letters] == [str(reason) for reason in Reason]
     assert all(letter.detail[:1000] == detail[:1000] for letter in letters)
@@ -330,7 +342,7 @@ def test_a_large_message_can_be_rejected(broker: Broker, job: str) -> None:
     source = broker.source(job)
     body = np.random.default_rng(0).bytes(4 * 2**20)
     broker.sink().publish(message(job, 0, body=body), 30.0)
-    source.reject(receive(source, 1)[0], Reason.TOO_LARGE, DETAIL)
+    refuse(source, receive(source, 1)[0], Reason.TOO_LARGE, DETAIL)
     [letter] = settled_letters(broker, source, job)
     assert letter.body == body
 
