@@ -9,6 +9,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
+from shared import keepalive
 from shared.errors import SettingsError, StoreUnavailable
 from shared.urls import check_port, hide_password
 
@@ -28,7 +29,8 @@ def connect(url: str, answer_s_max: float) -> Any:
         check_port(url)
         client = redis.Redis.from_url(
             url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
-            socket_keepalive=True, protocol=2,  # no client name, no PING: a login that may only read has neither
+            socket_keepalive=True, socket_keepalive_options=keepalive.numbered(),
+            protocol=2,  # no client name, no PING: a login that may only read has neither
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
         )  # fmt: skip
         client.connection_pool.make_connection()  # connects to nothing, but an unknown ?option shows here

@@ -568,7 +568,7 @@ def test_a_publish_before_any_aggregator_ever_ran_is_refused(own: PrivateServer,
 def test_the_virtual_host_is_fedmq_unless_the_url_names_one(path: str) -> None:
     parsed = parameters(f"amqp://login:{PASSWORD}@host:5673{path}", "name")
     assert (parsed.host, parsed.port, parsed.virtual_host) == ("host", 5673, "fedmq")
-    assert parsed.heartbeat == (7 if "heartbeat" in path else 30)
+    assert parsed.heartbeat == (7 if "heartbeat" in path else 15)
 
 
 def test_a_url_can_name_another_virtual_host() -> None:
