@@ -125,6 +125,10 @@ class State:
         """The flat weights, a view into the model."""
         return self.model.weights
 
+    def contributions_of(self, client: str) -> int:
+        """Return how many updates of a client the open buffer holds."""
+        return sum(contribution.update_id.startswith(f"{client}/") for contribution in self.buffer)
+
     def refuse(self, update_id: str, outcome: str) -> None:
         """Note that an update is refused for good."""
         self.refused[update_id] = self.refused_now[update_id] = outcome

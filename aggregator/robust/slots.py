@@ -22,7 +22,7 @@ class OneSlot:
 
     def weigh(self, state: State, arrival: Arrival) -> float:
         """Return 1, or reject."""
-        if contributions_of(state, arrival.update.client):
+        if state.contributions_of(arrival.update.client):
             raise RejectedUpdate(
                 Reason.SURPLUS, f"client {arrival.update.client} has its one place in the buffer of version "
                 f"{state.version + 1} already; {len(state.buffer)} updates are in it",
@@ -50,7 +50,7 @@ class Throttle:
 
     def weigh(self, state: State, arrival: Arrival) -> float:
         """Return q^-c, or reject."""
-        repeats = contributions_of(state, arrival.update.client)
+        repeats = state.contributions_of(arrival.update.client)
         left = float(self._q**-repeats)
         if left < THROTTLED_MIN:
             raise RejectedUpdate(
@@ -61,8 +61,3 @@ class Throttle:
 
     def applied(self, state: State, arrival: Arrival) -> None:
         """Nothing is remembered but the buffer itself."""
-
-
-def contributions_of(state: State, client: str) -> int:
-    """Return how many updates of a client the open buffer holds."""
-    return sum(contribution.update_id.split("/")[0] == client for contribution in state.buffer)

@@ -8,13 +8,13 @@ round, so its login at the broker must be its own.
 import math
 from typing import NamedTuple
 
-import msgpack
 import numpy as np
 
 from aggregator.arrival import Arrival
+from aggregator.record import read_record, write_record
 from aggregator.robust.norms import norm_of
 from aggregator.state import State
-from shared.compression import Decoded, decode
+from shared.compression import Decoded
 from shared.errors import Reason, RejectedUpdate
 from shared.messages import Update
 from shared.vector import Vector, squared_norm
@@ -48,7 +48,7 @@ class TrustedUpdate:
 
     def keep(self, state: State, update: Update, delta: Decoded) -> None:
         """Replace the one before."""
-        state.kept.put(TRUSTED, msgpack.packb({"codec": dict(update.codec), "payload": update.payload}))
+        state.kept.put(TRUSTED, write_record(update.codec, update.payload))
         state.facts[TRUSTED] = update.update_id
         self._at_hand = Reference(update.update_id, delta, math.sqrt(delta.squared_norm()))
 
@@ -65,8 +65,7 @@ class TrustedUpdate:
                 raise RejectedUpdate(
                     Reason.SUSPICIOUS, "the trusted client has not sent anything yet that this could be compared with"
                 )
-            fields = msgpack.unpackb(record)
-            delta = decode(fields["codec"], fields["payload"], state.model.layout)
+            delta = read_record(record, state.model.layout).delta
             self._at_hand = Reference(update_id, delta, math.sqrt(delta.squared_norm()))
         return self._at_hand
 

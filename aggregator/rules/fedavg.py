@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from aggregator.arrival import Arrival
 from aggregator.rules.averaging import Stretch
-from aggregator.rules.mean import repeats
 from aggregator.state import State
 from shared.errors import Reason, RejectedUpdate
 
@@ -34,7 +33,7 @@ class Rounds:
     def factor(self, state: State, arrival: Arrival) -> float:
         """Take one update of each client."""
         client = arrival.update.client
-        if repeats(state, client):
+        if state.contributions_of(client):
             raise RejectedUpdate(
                 Reason.SURPLUS,
                 f"{client} is in the round of version {state.version} already, with {len(state.buffer)} of "

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregator.arrival import Arrival
+from aggregator.record import read_record, write_record
 from aggregator.robust import Combiner, Rows
-from aggregator.rules.record import read_record, write_record
 from aggregator.rules.rule import begin_next_version, note
 from aggregator.staleness import constant
 from aggregator.state import State
@@ -81,7 +81,7 @@ class Mean:
 
     def mass_of(self, state: State, arrival: Arrival) -> float:
         """Return the share in the divisor that an update is going to have."""
-        if self.distinct and repeats(state, arrival.update.client):
+        if self.distinct and state.contributions_of(arrival.update.client):
             return 0.0
         return self._share(arrival)
 
@@ -148,8 +148,3 @@ class Mean:
                 delta = read_record(record, state.model.layout)
                 delta.add_into(rows[place], contribution.weight * len(rows) / divisor)
         return rows
-
-
-def repeats(state: State, client: str) -> bool:
-    """Tell whether a client is in the open buffer already."""
-    return any(contribution.update_id.startswith(f"{client}/") for contribution in state.buffer)

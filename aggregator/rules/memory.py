@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aggregator.arrival import Arrival
-from aggregator.rules.record import Delta, read_record, write_record
+from aggregator.record import Delta, read_record, write_record
 from aggregator.state import State
 from shared.compression import decode, parse
 from shared.layout import Layout

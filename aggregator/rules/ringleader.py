@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aggregator.arrival import Arrival
+from aggregator.record import Delta
 from aggregator.rules.memory import Memory, recall
-from aggregator.rules.record import Delta
 from aggregator.rules.rule import NEEDS_NOTHING, Needs, begin_next_version, note
 from aggregator.server_optimizer import ServerOptimizer
 from aggregator.state import State
