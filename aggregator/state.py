@@ -148,7 +148,7 @@ def from_stored(
     """
     fresh: dict[str, Any] = {"buffer": [], "since": 0.0, "floor": 0, "totals": {}, "partial": {}}
     small = msgpack.unpackb(stored.state) if stored.state else fresh
-    kept, own = Kept(read, set(small.get("kept", ()))), small.get("facts_of") == rule
+    kept, own = Kept(read, set(stored.kept)), small.get("facts_of") == rule
     if not own:
         for name in sorted(name for name in kept.names if not name.startswith(PREFIX)):
             kept.drop(name)
@@ -204,7 +204,7 @@ def small_part(state: State, kind: str, rule: str, arrays: tuple[str, ...]) -> b
     buffer = [[c.update_id, c.staleness, c.weight, c.mass] for c in state.buffer]
     record: dict[str, Any] = {"format": STATE_FORMAT, "rule": kind, "arrays": list(arrays), "buffer": buffer}
     record |= {"since": state.buffer_since, "floor": state.floor, "totals": state.totals}
-    record |= {"facts_of": rule, "facts": state.facts, "kept": sorted(state.kept.names)}
+    record |= {"facts_of": rule, "facts": state.facts}
     record |= {"partial": {client: partial.record() for client, partial in state.partial.items()}}
     packed: bytes = msgpack.packb(record)
     return packed

@@ -24,6 +24,9 @@ app.add_typer(codecs_app, name="codecs")
 bench_app = typer.Typer(invoke_without_command=True, help="Measurements beside their limits and their peers.")
 app.add_typer(bench_app, name="bench")
 
+deadletters_app = typer.Typer(no_args_is_help=True, help="Messages that were rejected, and what to do with them.")
+app.add_typer(deadletters_app, name="deadletters")
+
 simulate_app = typer.Typer(help="A fleet of any size in virtual time, and comparisons of them.")
 app.add_typer(simulate_app, name="simulate")
 
@@ -146,6 +149,82 @@ def bench_fuzz(
         from ops.bench.fuzz import run
 
         run(inputs, seed)
+
+
+@bench_app.command("fuzz-messages")
+def bench_fuzz_messages(
+    inputs: Annotated[int, typer.Option(help="damaged messages in all", min=1)] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="of everything random", min=0)] = 0,
+    first: Annotated[int, typer.Option(help="number of the first message: one alone is repeated so", min=0)] = 0,
+    processes: Annotated[int, typer.Option(help="at once; the messages are the same", min=1)] = 1,
+) -> None:
+    """Feed damaged and lying messages of every codec to the aggregator's admission."""
+    with exit_codes():
+        from ops.bench.fuzz_messages import run
+
+        run(inputs, seed, first, processes)
+
+
+@bench_app.command("soak")
+def bench_soak(
+    minutes: Annotated[float, typer.Option(help="of load, after a warm-up of one", min=0.1)] = 10.0,
+    out: Annotated[Path | None, typer.Option(help="also write the tables to this Markdown file")] = None,
+) -> None:
+    """Send an hour of fifty workers in ten minutes; nothing may grow, and the account must be exact."""
+    with exit_codes():
+        from ops.bench.soak import run
+
+        run(minutes, out)
+
+
+@bench_app.command("safety")
+def bench_safety(
+    params: Annotated[str, typer.Option(help="model sizes, comma separated")] = "100k,1M",
+    out: Annotated[Path | None, typer.Option(help="also write the table to this Markdown file")] = None,
+    repeats: Annotated[int, typer.Option(help="pairs of runs; the median is shown", min=1)] = 5,
+) -> None:
+    """Measure what checksums, duplicate check, ledger and durable commit cost end to end."""
+    with exit_codes():
+        from ops.bench.safety import run
+
+        run(params, repeats, out)
+
+
+@bench_app.command("backlog")
+def bench_backlog(
+    updates: Annotated[int, typer.Option(help="small ones, in the queue at first", min=100)] = 100_000,
+    out: Annotated[Path | None, typer.Option(help="also write the table to this Markdown file")] = None,
+) -> None:
+    """Drain a large backlog of small updates: the rate of each tenth."""
+    with exit_codes():
+        from ops.bench.backlog import run
+
+        run(updates, out)
+
+
+@bench_app.command("connections")
+def bench_connections(
+    connections: Annotated[int, typer.Option(help="workers connected at once", min=11)] = 2000,
+    out: Annotated[Path | None, typer.Option(help="also write the table to this Markdown file")] = None,
+    repeats: Annotated[int, typer.Option(help="runs of each; the median is shown", min=1)] = 3,
+) -> None:
+    """Measure the aggregator's memory with many connected workers that rarely send, beside ten."""
+    with exit_codes():
+        from ops.bench.connections import run
+
+        run(connections, repeats, out)
+
+
+@bench_app.command("large")
+def bench_large(
+    params: Annotated[str, typer.Option(help="model size")] = "100M",
+    updates: Annotated[int, typer.Option(help="in all, from two workers", min=2)] = 4,
+) -> None:
+    """Train a model larger than one message through the default limits of RabbitMQ 4 and Redis; measure memory."""
+    with exit_codes():
+        from ops.bench.large import run
+
+        run(params, updates)
 
 
 @bench_app.command("simulator")
@@ -285,6 +364,174 @@ def models_export(
         from ops.models import export
 
         export(load(Settings, {"job": job, "store_url": store_url}), version, out)
+
+
+@models_app.command("rollback")
+def models_rollback(
+    version: Annotated[str, typer.Argument(help="a stored version, or a tag")],
+    job: Job = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Make an old version the newest: a new version with its weights, everything after it undone."""
+    with exit_codes():
+        from ops.rollback import command
+
+        command(load(AggregatorSettings, {"job": job, "store_url": store_url}), version)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="file to write")],
+    job: Job = None,
+    store_url: StoreUrl = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the file if it exists")] = False,
+) -> None:
+    """Write a whole job to a file as it stands at one revision, while its aggregator runs."""
+    with exit_codes():
+        from ops.backup import backup as write
+
+        write(load(Settings, {"job": job, "store_url": store_url}), file, force)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="what `fedmq backup` wrote")],
+    job: Annotated[str | None, typer.Option(help="the job to make of it [default: the one in the file]")] = None,
+    store_url: StoreUrl = None,
+    replace: Annotated[bool, typer.Option("--replace", help="put it in the place of a job that exists")] = False,
+) -> None:
+    """Make a job what a backup holds of it, all or nothing."""
+    with exit_codes():
+        from ops.backup import restore as read
+
+        read({"job": job, "store_url": store_url}, file, replace)
+
+
+@app.command()
+def torture(
+    seeds: Annotated[int, typer.Option(help="how many runs, each with faults of its own", min=1)] = 1000,
+    first_seed: Annotated[int, typer.Option(help="of those", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(help="replay one run and print what happens, line by line", min=0)] = None,
+    events: Annotated[int, typer.Option(help="actions of a run, faults not counted", min=1)] = 24,
+    processes: Annotated[int, typer.Option(help="runs at once; the account is the same", min=1)] = 1,
+    servers: Annotated[bool, typer.Option("--servers", help="real faults on private servers instead")] = False,
+    faults: Annotated[int, typer.Option(help="with --servers: how many", min=1)] = 20,
+    workers: Annotated[int, typer.Option(help="with --servers: how many", min=1)] = 4,
+    out: Annotated[
+        Path | None, typer.Option(help="file for the shortened schedule of a failure; with --servers a folder")
+    ] = None,
+) -> None:
+    """Break everything that can break, in virtual time or on real servers, and draw up the account."""
+    with exit_codes():
+        if servers:
+            from ops.torture.servers import command as on_servers
+
+            on_servers(faults, workers, seed or 0, out)
+        else:
+            from ops.torture import command
+
+            if seed is not None:
+                command.one(seed, events, out)
+            else:
+                command.many(first_seed, seeds, events, processes, out)
+
+
+Ids = Annotated[list[str] | None, typer.Argument(help="update ids, their beginnings, or numbers from the list")]
+Every = Annotated[bool, typer.Option("--all", help="all of them")]
+Reasoned = Annotated[str | None, typer.Option(help="only those rejected for this reason")]
+OfClient = Annotated[str | None, typer.Option(help="only those of this client")]
+
+
+@deadletters_app.command("list")
+def deadletters_list(
+    reason: Reasoned = None,
+    client: OfClient = None,
+    limit: Annotated[int, typer.Option(help="rows, the oldest letters first", min=1)] = 50,
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+) -> None:
+    """List a job's dead letters; nothing is removed or reordered."""
+    with exit_codes():
+        from ops.dead_letters import list_letters
+
+        list_letters(load(Settings, {"job": job, "broker_url": broker_url}), reason, client, limit)
+
+
+@deadletters_app.command("show")
+def deadletters_show(
+    name: Annotated[str, typer.Argument(metavar="ID", help="an update id, its beginning, or a number from the list")],
+    out: Annotated[Path | None, typer.Option(help="write the message's body to this file")] = None,
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+) -> None:
+    """Show everything known of a dead letter, and what to do about it."""
+    with exit_codes():
+        from ops.dead_letters import show
+
+        show(load(Settings, {"job": job, "broker_url": broker_url}), name, out)
+
+
+@deadletters_app.command("replay")
+def deadletters_replay(
+    ids: Ids = None,
+    every: Every = False,
+    reason: Reasoned = None,
+    client: OfClient = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+) -> None:
+    """Publish dead letters once more, after a fix; each update still counts once at most."""
+    with exit_codes():
+        from ops.dead_letters import replay, select
+
+        settings = load(Settings, {"job": job, "broker_url": broker_url})
+        replay(settings, select(ids or [], every, reason, client, None), dry_run)
+
+
+@deadletters_app.command("drop")
+def deadletters_drop(
+    ids: Ids = None,
+    every: Every = False,
+    reason: Reasoned = None,
+    client: OfClient = None,
+    older_than: Annotated[str | None, typer.Option(help="only those rejected longer ago: 90s, 30min, 12h, 7d")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+) -> None:
+    """Remove dead letters for good."""
+    with exit_codes():
+        from ops.dead_letters import drop, select
+
+        settings = load(Settings, {"job": job, "broker_url": broker_url})
+        drop(settings, select(ids or [], every, reason, client, older_than), yes)
+
+
+@app.command()
+def replay(
+    records: Annotated[Path, typer.Option(help="what the aggregator kept: its FEDMQ_RECORD_DIR")],
+    version: Annotated[str, typer.Option(help="the version to recompute, or newest")] = "newest",
+    every: Annotated[
+        bool, typer.Option("--all", help="recompute up to the newest and show every known version")
+    ] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="safetensors file of the version to begin with [default: a stored one]"),
+    ] = None,
+    start_version: Annotated[
+        int | None, typer.Option("--from-version", help="which version that is [default: 0]", min=0)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="write the recomputed version to this safetensors file")] = None,
+    job: Job = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Recompute a version from the ledger and the recorded updates, and compare it byte by byte."""
+    with exit_codes():
+        from ops.replay import Wanted, command
+
+        settings = load(Settings, {"job": job, "store_url": store_url})
+        command(settings, records, Wanted(version, every, start, start_version, out))
 
 
 def main() -> None:

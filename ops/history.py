@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+EVENTS = ("rollback", "restore")  # in the ledger, of no update
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -57,6 +59,8 @@ class History:
     def add_entries(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Take in ledger entries, in order."""
         for entry in entries:
+            if entry["outcome"] in EVENTS:
+                continue
             self.outcomes[entry["outcome"]] += 1
             self.bytes_sent += entry.get("bytes", 0)
             if entry["outcome"] == "applied":

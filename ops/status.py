@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from shared.command import log_to_stderr
@@ -85,11 +86,17 @@ def why(  # noqa: PLR0911 - one answer per situation
         return f"[yellow]no update has ever arrived[/]: start `fedmq worker --task TASK --job ...`; {buffer}"
     newest = seen[0][1]
     if newest["outcome"] in ("stale", "rejected"):
-        detail = newest.get("detail", f"staleness {newest.get('staleness')}")
-        return f"[yellow]the last update of {seen[0][0]} was {newest['outcome']}: {detail}[/]; {buffer}, {workers}"
+        detail = plain(newest.get("detail", f"staleness {newest.get('staleness')}"))
+        name = plain(seen[0][0])
+        return f"[yellow]the last update of {name} was {newest['outcome']}: {detail}[/]; {buffer}, {workers}"
     if not active:
         return f"[yellow]no worker in the last minute[/], the last one {_ago(now - newest['seen'])} ago; {buffer}"
     return f"[yellow]waiting for updates[/]: {buffer}, the last came {_ago(now - newest['seen'])} ago; {workers}"
+
+
+def plain(text: str) -> str:
+    """Return what a worker wrote, without anything that rich or a terminal would obey."""
+    return escape("".join(char if char.isprintable() else "\ufffd" for char in text))
 
 
 def entry_updates(entry: dict[str, str]) -> list[dict[str, Any]]:

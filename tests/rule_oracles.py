@@ -92,8 +92,8 @@ class Oracle:
     def receive(self, update):
         """Take a message as it is sent."""
         tau = len(self.versions) - 1 - update.base_version
-        if (update.update_id, "applied") in self.outcomes:
-            return
+        if any((update.update_id, outcome) in self.outcomes for outcome in ("applied", "stale", "rejected")):
+            return  # the first outcome is final
         outcome = "stale"
         if tau <= self.settings["staleness_max"]:
             delta = np.zeros(self.versions[0].size, np.float32)

@@ -121,8 +121,9 @@ def check_outcomes(system: System, oracle: Oracle) -> None:
     applied = [name for name, outcome in entries if outcome == "applied"]
     assert len(applied) == len(set(applied))
     found = {entry for entry in entries if entry[1] != "stale" or entry[0] not in applied}  # forgotten since: stale
-    rejected = {entry for entry in oracle.outcomes if entry[1] == "rejected"}  # dead-lettered before a kill: no entry
-    assert oracle.outcomes - rejected <= found <= oracle.outcomes
+    assert found == oracle.outcomes
+    names = [name for name, outcome in entries if (name, outcome) in found]
+    assert len(names) == len(set(names)), "an outcome stands in the ledger once"
     stored, floor = system.store.load().applied, system.store.head().version - system.settings.staleness_max
     assert all(name in stored for name in applied if stored_base(system, name) >= floor)
 

@@ -136,8 +136,9 @@ class InProcessStore:
                 return None
             arrays = {name: array.copy() for name, array in self._arrays.items()}
             state, applied, versions = self._state, dict(self._applied), sorted(self._models)
-            data, refused = self._models[head.version], dict(self._refused)
-        return Stored(head, ModelImage.from_chunks(self.layout(), [data]), arrays, state, applied, versions, refused)
+            data, refused, kept = self._models[head.version], dict(self._refused), frozenset(self._kept)
+        model = ModelImage.from_chunks(self.layout(), [data])
+        return Stored(head, model, arrays, state, applied, versions, refused, kept)
 
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule."""

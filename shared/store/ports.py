@@ -104,7 +104,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Everything `load` returns: the head and the state of one revision."""
+    """Everything `load` returns: the head and the state of one revision, of `kept` records only the names."""
 
     head: Head
     model: ModelImage
@@ -113,6 +113,7 @@ class Stored:
     applied: dict[str, int]
     versions: list[int] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    kept: frozenset[str] = frozenset()
 
 
 class ModelStore(Protocol):

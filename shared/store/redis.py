@@ -224,11 +224,12 @@ class RedisStore:
                 scored = self._redis.zrange(self._key("applied"), 0, -1, withscores=True)
                 members = [member.decode().split(" ", 1) for member in self._redis.zrange(self._key("refused"), 0, -1)]
                 versions = [int(member) for member in self._redis.zrange(self._key("versions"), 0, -1)]
+                kept = frozenset(name.decode() for name in self._redis.hkeys(self._key("kept")))
                 model = self.model(head.version)
                 if self._redis.hget(self._key("head"), "revision") == str(head.revision).encode():
                     applied = {member.decode(): int(score) for member, score in scored}
                     refused = {update_id: why for why, update_id in members}
-                    return Stored(head, model, arrays, state, applied, versions, refused)
+                    return Stored(head, model, arrays, state, applied, versions, refused, kept)
             latest = self.head()
             if latest is None or latest.revision == head.revision:
                 raise SettingsError(

@@ -21,13 +21,14 @@ import pika.channel
 import pika.exceptions
 from tenacity import Retrying, sleep_using_event, stop_when_event_set, wait_random_exponential
 
+from shared import keepalive
 from shared.errors import BrokerUnavailable, FedMQError, SettingsError
 from shared.transport.names import VHOST
 from shared.urls import check_port, hide_password
 
 log = logging.getLogger("fedmq.broker")
 
-HEARTBEAT_S = 30  # a dead peer is noticed within two of these
+HEARTBEAT_S = 15  # a peer that hangs is noticed within two of these, on either side
 SOCKET_TIMEOUT_S = 5  # TCP connect; the handshake may take twice as long
 BACKOFF_S_MAX = 15.0
 GOODBYE_S = 1.0  # for the broker to hear that a failed connection is closed
@@ -63,6 +64,7 @@ def parameters(url: str, name: str) -> Any:
     if "heartbeat" not in parts.query:
         parsed.heartbeat = HEARTBEAT_S
     parsed.connection_attempts = 1
+    parsed.tcp_options = keepalive.supported()
     parsed.socket_timeout = SOCKET_TIMEOUT_S
     parsed.stack_timeout = 2 * SOCKET_TIMEOUT_S - 1
     parsed.client_properties = {"connection_name": name, "product": "fedmq"}
@@ -174,8 +176,8 @@ class Link:
         self._connection = pika.SelectConnection(
             self._parameters,
             on_open_callback=self._on_open,
-            on_open_error_callback=lambda _connection, error: self._fail(_explain(error, self.url)),
-            on_close_callback=lambda _connection, error: self._fail(_explain(error, self.url)),
+            on_open_error_callback=lambda _connection, error: self._fail(explain(error, self.url)),
+            on_close_callback=lambda _connection, error: self._fail(explain(error, self.url)),
             custom_ioloop=loop,
         )
         loop.activate_poller()
@@ -250,7 +252,7 @@ class Link:
         log.info("the broker accepts publishes again")
 
     def _on_channel(self, channel: Channel) -> None:
-        channel.add_on_close_callback(lambda _channel, error: self._fail(_explain(error, self.url)))
+        channel.add_on_close_callback(lambda _channel, error: self._fail(explain(error, self.url)))
         steps = deque(self._prepare(channel))
 
         def next_step(_frame: Any = None) -> None:
@@ -263,7 +265,7 @@ class Link:
         next_step()
 
 
-def _explain(error: Exception, url: str) -> FedMQError:
+def explain(error: Exception, url: str) -> FedMQError:
     """Translate pika's error once, into what the user can do about it."""
     shown = hide_password(url)
     if isinstance(error, pika.exceptions.ProbableAuthenticationError):

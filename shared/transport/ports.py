@@ -39,6 +39,7 @@ class Delivery:
         update_id: AMQP message_id, "" when missing.
         tag: the adapter's own handle.
         replayed: an operator sent a dead letter once more.
+        is_part: the publisher says that it is a part of an update.
     """
 
     body: bytes
@@ -47,6 +48,7 @@ class Delivery:
     update_id: str
     tag: tuple[int, int]
     replayed: bool = False
+    is_part: bool = False
 
 
 class UpdateSink(Protocol):

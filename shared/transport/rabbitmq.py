@@ -22,6 +22,7 @@ from shared.transport.names import (
     HEADER_DETAIL,
     HEADER_REASON,
     HEADER_REPLAYED,
+    PART,
     dead_queue,
     queue,
     routing_key,
@@ -91,7 +92,7 @@ class RabbitSink:
             delivery_mode=2,
             message_id=message.update_id,
             timestamp=int(time.time()),
-            type="update-part" if message.is_part else "update",
+            type=PART if message.is_part else "update",
             user_id=self._login if self._login == message.client else None,
         )
         self._sequence += 1
@@ -253,7 +254,9 @@ class RabbitSource:
         client = method.routing_key.rsplit(".", 1)[-1]
         tag = (self._epoch, method.delivery_tag)
         replayed = HEADER_REPLAYED in (properties.headers or {})
-        delivery = Delivery(body, client, properties.user_id, properties.message_id or "", tag, replayed)
+        delivery = Delivery(
+            body, client, properties.user_id, properties.message_id or "", tag, replayed, properties.type == PART
+        )
         with self._changed:
             if self._epoch == self._stale_epoch:
                 return
@@ -308,7 +311,7 @@ class RabbitSource:
             delivery_mode=2,
             message_id=delivery.update_id or None,
             timestamp=int(time.time()),
-            type="update",
+            type=PART if delivery.is_part else "update",
             headers={HEADER_REASON: reason, HEADER_DETAIL: detail},
         )
         key = routing_key(self._job, delivery.client)
