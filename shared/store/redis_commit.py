@@ -46,7 +46,10 @@ class KeptEntry(NamedTuple):
 # KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
 SCRIPT = """
 local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
-if token == ARGV[2] then return 'again' end
+if token == ARGV[2] then
+  redis.call('HSET', KEYS[1], 'token', token)  -- WAIT and WAITAOF wait for a connection's last write, and all before it
+  return 'again'
+end
 if (revision or '') ~= ARGV[1] then return 'conflict ' .. (revision or 'none') end
 for _, key in ipairs(cmsgpack.unpack(ARGV[3])) do
   if redis.call('EXISTS', key) == 0 then return 'expired ' .. key end

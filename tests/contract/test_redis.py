@@ -432,3 +432,45 @@ def redis_version(server: PrivateServer) -> tuple[int, int]:
     major, minor = plain.info("server")["redis_version"].split(".")[:2]
     plain.close()
     return int(major), int(minor)
+
+
+# Replicas
+
+
+def test_a_commit_counts_when_the_replicas_have_it(
+    servers: PrivateServers, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.store.redis.WAIT_MS", 400)
+    replica = private_redis(tmp_path / "replica", {"replicaof": f"127.0.0.1 {servers.redis.port}"})
+    replica.start()
+    store = RedisStore(servers.redis.url, job, replicas=1)
+    copy = RedisStore(replica.url, job)
+    try:
+        store.check()
+        store._redis.config_set("repl-diskless-sync-delay", 0)
+        wait_until(lambda: store._redis.info("replication").get("slave0", {}).get("state") == "online")
+        assert store.create(image(0), 1.0)
+        store.commit(commit_of(0, 1, image(1)))
+        head = copy.head()
+        assert head is not None
+        assert head.version == 1  # it is there already
+        replica.stop()
+        second = commit_of(1, 2, image(2))
+        with pytest.raises(StoreUnavailable, match=r"0 of 1 replicas .* FEDMQ_STORE_REPLICAS"):
+            store.commit(second)
+        replica.start()
+        wait_until(lambda: store._redis.info("replication").get("slave0", {}).get("state") == "online")
+        store.commit(second)  # the same once more: it is found done, and waited for
+        third, another = commit_of(2, 3, image(3)), RedisStore(servers.redis.url, job, replicas=1)
+        with frozen(replica):  # connected, but it answers nothing
+            for client in (store, another):  # also over a connection that has written nothing before
+                with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
+                    client.commit(third)
+        another.close()
+        head = store.head()
+        assert head is not None
+        assert (head.revision, head.version) == (3, 3)
+    finally:
+        store.close()
+        copy.close()
+        replica.stop()
