@@ -63,6 +63,7 @@ def _lines(
         ("staleness", staleness),
         ("workers", f"{len(active)} seen in the last minute, {len(seen)} ever"),
         ("queue", queue),
+        *_parts(facts["state"]),
         ("", why(spec, head, facts["state"], depths, active, seen, now)),
     ]
 
@@ -111,6 +112,15 @@ def _down(spec: dict[str, Any]) -> str:
     if downlink == "off":
         return snapshots
     return f"{DOWNLINK_ON if downlink == 'on' else downlink} deltas, or {snapshots}"
+
+
+def _parts(state: dict[str, Any]) -> list[tuple[str, str]]:
+    """Say which updates are under way in parts, if any are."""
+    partial = state.get("partial", {})
+    if not partial:
+        return []
+    some = ", ".join(f"{plain(client)} {len(record[4])}/{record[2]}" for client, record in list(partial.items())[:5])
+    return [("in parts", f"{len(partial)} updates under way: {some}{', ...' if len(partial) > 5 else ''}")]
 
 
 def _queue(depths: dict[str, int]) -> str:
