@@ -37,7 +37,7 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> U
     Raises:
         RejectedUpdate: with the reason and the numbers; nothing else, whatever the bytes.
     """
-    update = decode(delivery.body, admission.message_bytes_max)
+    update = decode(delivery.body, admission.message_bytes_max, delivery.crc32)
     if update.job != admission.job:
         raise RejectedUpdate(Reason.JOB, f"the message says job {update.job!r}, this is {admission.job!r}")
     if update.client != delivery.client:

@@ -412,7 +412,7 @@ def torture(
     seeds: Annotated[int, typer.Option(help="how many runs, each with faults of its own", min=1)] = 1000,
     first_seed: Annotated[int, typer.Option(help="of those", min=0)] = 0,
     seed: Annotated[int | None, typer.Option(help="replay one run and print what happens, line by line", min=0)] = None,
-    events: Annotated[int, typer.Option(help="actions of a run, faults not counted", min=1)] = 24,
+    events: Annotated[int, typer.Option(help="actions of a run, faults not counted", min=1)] = 20,
     processes: Annotated[int, typer.Option(help="runs at once; the account is the same", min=1)] = 1,
     servers: Annotated[bool, typer.Option("--servers", help="real faults on private servers instead")] = False,
     faults: Annotated[int, typer.Option(help="with --servers: how many", min=1)] = 20,

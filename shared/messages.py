@@ -117,12 +117,13 @@ def split(body: bytes, part_bytes: int) -> Iterator[bytes]:
         yield encode(replace(update, payload=piece, part=Part(index, count, size)))
 
 
-def decode(body: bytes, message_bytes_max: int) -> Update:
+def decode(body: bytes, message_bytes_max: int, crc32: int | None = None) -> Update:
     """Read and check one message.
 
     Args:
         body: whatever arrived.
         message_bytes_max: the job's limit for a message, in bytes.
+        crc32: what the body's should be, which proves the payload too; None when its sender did not say.
 
     Raises:
         RejectedUpdate: too large, malformed, of another format, a value out of range, or a wrong checksum.
@@ -132,6 +133,8 @@ def decode(body: bytes, message_bytes_max: int) -> Update:
             Reason.TOO_LARGE,
             f"message of {len(body)} bytes; message_bytes_max is {message_bytes_max}: send it in parts",
         )
+    if crc32 is not None and (actual := zlib.crc32(body)) != crc32:
+        raise RejectedUpdate(Reason.CHECKSUM, f"the message's crc32 is {actual}, its sender says {crc32}")
     try:
         record = msgpack.unpackb(
             body, raw=False, strict_map_key=True, max_map_len=METRICS_MAX, max_array_len=0, max_ext_len=0,
@@ -152,7 +155,7 @@ def decode(body: bytes, message_bytes_max: int) -> Update:
         num_steps=_whole(record, "num_steps", 1, NUM_STEPS_MAX, Reason.MALFORMED),
         layout=_text(record, "layout", 64),
         codec=_scalars(record, "codec"),
-        payload=_payload(record),
+        payload=_payload(record, proven=crc32 is not None),
         metrics=_numbers(record, "metrics"),
         train_seconds=_number(record, "train_seconds"),
         created_at=_number(record, "created_at"),
@@ -245,11 +248,11 @@ def _part(record: Mapping[str, Any]) -> Part | None:
     return Part(index, count, size)
 
 
-def _payload(record: Mapping[str, Any]) -> bytes:
+def _payload(record: Mapping[str, Any], proven: bool) -> bytes:
     payload, checksum = record.get("payload"), record.get("checksum")
     if not isinstance(payload, bytes):
         raise RejectedUpdate(Reason.MALFORMED, "payload must be binary")
-    actual = zlib.crc32(payload)
+    actual = checksum if proven else zlib.crc32(payload)
     if checksum != actual:
         raise RejectedUpdate(Reason.CHECKSUM, f"the payload's crc32 is {actual}, the message says {_shown(checksum)}")
     return payload

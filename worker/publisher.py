@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import zlib
 
 from shared.clock import Clock
 from shared.errors import PublishRefused, PublishUnconfirmed, Unavailable
@@ -46,7 +47,7 @@ class Publisher:
         body = waiting.body()
         for index, piece in enumerate(split(body, part_bytes)):
             if index >= done:
-                message = Outgoing(self._job, self._client, update_id, piece, piece is not body)
+                message = Outgoing(self._job, self._client, update_id, piece, piece is not body, zlib.crc32(piece))
                 self._publish(message, min(timeout_s, self._confirm_timeout_s))
                 self._confirmed = update_id, part_bytes, index + 1
         self._outbox.confirm(waiting)

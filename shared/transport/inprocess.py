@@ -90,7 +90,8 @@ class InProcessSource:
                 self._sequence += 1
                 tag = (self._epoch, self._sequence)
                 self._unacked[tag] = message
-                deliveries.append(Delivery(message.body, message.client, None, message.update_id, tag))
+                delivery = Delivery(message.body, message.client, None, message.update_id, tag, crc32=message.crc32)
+                deliveries.append(delivery)
             return deliveries
 
     def _ready(self) -> bool:

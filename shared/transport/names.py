@@ -5,6 +5,7 @@ EXCHANGE = "fedmq.updates"  # durable, topic
 DEAD_EXCHANGE = "fedmq.dead"  # durable, topic; messages with the headers below
 PART = "update-part"  # AMQP type of a part of an update; `update` of a whole one
 HEADER_REASON = "fedmq-reason"
+HEADER_CRC32 = "fedmq-crc32"  # of the whole body; optional
 HEADER_DETAIL = "fedmq-detail"
 HEADER_REPLAYED = "fedmq-replayed"  # unix seconds; an operator sent a dead letter once more
 

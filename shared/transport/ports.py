@@ -19,6 +19,7 @@ class Outgoing:
         update_id: AMQP message_id.
         body: the encoded update, or a part of one.
         is_part: the latter; AMQP type `update-part` instead of `update`.
+        crc32: of the body; None: the payload's own checksum must do.
     """
 
     job: str
@@ -26,6 +27,7 @@ class Outgoing:
     update_id: str
     body: bytes
     is_part: bool = False
+    crc32: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Delivery:
         tag: the adapter's own handle.
         replayed: an operator sent a dead letter once more.
         is_part: the publisher says that it is a part of an update.
+        crc32: of the body, as the publisher has it; None when it gave none.
     """
 
     body: bytes
@@ -49,6 +52,7 @@ class Delivery:
     tag: tuple[int, int]
     replayed: bool = False
     is_part: bool = False
+    crc32: int | None = None
 
 
 class UpdateSink(Protocol):

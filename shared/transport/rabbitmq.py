@@ -19,6 +19,7 @@ from shared.transport.link import Channel, Link, Step, parameters
 from shared.transport.names import (
     DEAD_EXCHANGE,
     EXCHANGE,
+    HEADER_CRC32,
     HEADER_DETAIL,
     HEADER_REASON,
     HEADER_REPLAYED,
@@ -94,6 +95,7 @@ class RabbitSink:
             timestamp=int(time.time()),
             type=PART if message.is_part else "update",
             user_id=self._login if self._login == message.client else None,
+            headers=None if message.crc32 is None else {HEADER_CRC32: message.crc32},
         )
         self._sequence += 1
         self._unconfirmed[self._sequence] = (message.update_id, outcome)
@@ -253,10 +255,12 @@ class RabbitSource:
         self._open[method.delivery_tag] = False
         client = method.routing_key.rsplit(".", 1)[-1]
         tag = (self._epoch, method.delivery_tag)
-        replayed = HEADER_REPLAYED in (properties.headers or {})
+        headers, is_part = properties.headers or {}, properties.type == PART
+        crc32 = headers.get(HEADER_CRC32)
         delivery = Delivery(
-            body, client, properties.user_id, properties.message_id or "", tag, replayed, properties.type == PART
-        )
+            body, client, properties.user_id, properties.message_id or "", tag, HEADER_REPLAYED in headers, is_part,
+            crc32 if isinstance(crc32, int) else None,
+        )  # fmt: skip
         with self._changed:
             if self._epoch == self._stale_epoch:
                 return

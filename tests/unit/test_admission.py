@@ -2,6 +2,7 @@
 
 import itertools
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,3 +163,21 @@ def test_a_rejected_message_changes_no_weight():
     assert system.store.head().version == 0
     assert not system.weights.any()
     assert system.store.load().applied == {}
+
+
+def test_a_message_whose_crc32_is_sent_along_is_proven_as_a_whole():
+    """A flipped bit of the envelope would else change the id, the base version or the weight unseen."""
+    body = encode(GOOD)
+    sound = replace(delivery_of(body), crc32=zlib.crc32(body))
+    assert admit(sound, admission(), 3) == GOOD
+    for place in range(len(body)):
+        broken = body[:place] + bytes([body[place] ^ 4]) + body[place + 1 :]
+        with pytest.raises(RejectedUpdate) as caught:
+            admit(replace(sound, body=broken), admission(), 3)
+        assert caught.value.reason == Reason.CHECKSUM
+
+
+def test_a_message_under_another_messages_id_is_rejected():
+    delivery = replace(delivery_of(encode(GOOD)), update_id="a/i/77")
+    with pytest.raises(RejectedUpdate, match="message_id 'a/i/77', but update_id 'a/i/0'"):
+        admit(delivery, admission(), 3)
