@@ -49,7 +49,7 @@ from shared.store.redis_link import CONNECT_S_MAX, connect, translated
 from shared.urls import hide_password
 from shared.vector import Vector
 
-ANSWER_S_MAX = 60.0  # 64 MiB over a slow link, or a slow disk's fsync
+ANSWER_S_MAX = 20.0  # of silence: a slow disk's fsync of 64 MiB; how long a half-open connection holds us up
 STAGE_SECONDS = 3600  # pieces of a commit that never happened
 STAGE_BYTES = 2**20  # staged in one round trip; a larger piece has one to itself
 WAIT_MS = 10_000  # for a disk or replicas

@@ -80,6 +80,7 @@ class Link:
         prepare: called on the owner thread with each new channel; returns the setup steps to run in order.
         on_down: called on the owner thread, with the reason, after a connection was lost.
         before_poll: called on the owner thread before each wait for the network; may block for under a second.
+        backoff_s_max: longest wait between two attempts to connect; a fleet needs a longer one than a single program.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Link:
         prepare: Callable[[Channel], list[Step]],
         on_down: Callable[[Exception], None],
         before_poll: Callable[[], None] = lambda: None,
+        backoff_s_max: float = BACKOFF_S_MAX,
     ) -> None:
         self.url = url
         self.problem: FedMQError = BrokerUnavailable(f"RabbitMQ at {hide_password(url)} has not answered yet")
@@ -96,6 +98,7 @@ class Link:
         self.ready = threading.Event()
         self._parameters = parameters(url, name)
         self._prepare, self._on_down, self._before_poll = prepare, on_down, before_poll
+        self._backoff_s_max = backoff_s_max
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._loop: Any = None
@@ -152,7 +155,7 @@ class Link:
     def _run(self) -> None:
         while not self._closing.is_set():
             retrying = Retrying(
-                wait=wait_random_exponential(multiplier=0.25, max=BACKOFF_S_MAX),
+                wait=wait_random_exponential(multiplier=0.25, max=self._backoff_s_max),
                 sleep=sleep_using_event(self._closing),
                 stop=stop_when_event_set(self._closing),
                 before_sleep=self._say_when_again,
@@ -186,6 +189,10 @@ class Link:
                 self._before_poll()
                 loop.poll()
                 loop.process_timeouts()
+        except ValueError as error:  # pika's own, when a connection is reset while it is being opened
+            self._failure = BrokerUnavailable(
+                f"RabbitMQ at {hide_password(self.url)} broke the connection off: {error}"
+            )
         except Exception as error:
             log.exception("the connection's thread failed; reconnecting")
             self._failure = BrokerUnavailable(f"{type(error).__name__}: {error}")

@@ -36,6 +36,7 @@ INBOX_BYTES_MAX = 2**24  # received but not yet folded: beyond 16 MiB the socket
 INBOX_BYTES_LOW = 2**21  # ... until 2 MiB are left: receiving and folding take turns with the interpreter's lock
 PAUSE_S = 0.2
 DETAIL_CHARS_MAX = 1000  # an AMQP header
+BACKOFF_S_MAX = 4.0  # between two attempts of an aggregator to connect: there are only one or two
 BURY_S_MAX = 3.0  # how long `close` waits for dead letters to be confirmed
 
 
@@ -155,15 +156,18 @@ class RabbitSource:
         self._inbox_bytes = 0
         self._full = False
         self._epoch = 0
-        self._passive = False  # the queue exists with other arguments: use it as it is
+        self._passive: set[str] = set()  # queues that exist with other arguments: used as they are
         self._stale_epoch = -1  # of a connection given up by `recover`
         self._open: OrderedDict[int, bool] = OrderedDict()  # tag -> acked out of order; owner thread only, as the rest
         self._dead: dict[int, int] = {}  # publish sequence on the dead-letter channel -> delivery tag
         self._dead_sequence = 0
         self._waiting: set[int] = set()  # tags acked before their dead letter is confirmed
+        self._given_up = False  # a dead letter was not taken: nothing more is acked on this connection
         self._channel: Channel = None
         self._dead_channel: Channel = None
-        self.link = Link(url, f"fedmq aggregator {job}", self._prepare, self._on_down, self._pause_when_full)
+        self.link = Link(
+            url, f"fedmq aggregator {job}", self._prepare, self._on_down, self._pause_when_full, BACKOFF_S_MAX
+        )
 
     def receive(self, limit: int, wait_s: float) -> list[Delivery]:
         """Take up to `limit` deliveries from the inbox."""
@@ -232,13 +236,13 @@ class RabbitSource:
             channel.add_on_cancel_callback(lambda _frame: self.link.reconnect("the queue was deleted"))
             channel.basic_consume(updates, self._on_message, callback=callback)
 
-        declare = partial(channel.queue_declare, durable=True, passive=self._passive)
+        declare = partial(channel.queue_declare, durable=True)
         return [
             partial(channel.exchange_declare, EXCHANGE, "topic", durable=True),
             partial(channel.exchange_declare, DEAD_EXCHANGE, "topic", durable=True),
-            partial(declare, dead, arguments=quorum | kept),
+            partial(declare, dead, passive=dead in self._passive, arguments=quorum | kept),
             partial(channel.queue_bind, dead, DEAD_EXCHANGE, binding),
-            partial(declare, updates, arguments=quorum | served),
+            partial(declare, updates, passive=updates in self._passive, arguments=quorum | served),
             partial(channel.queue_bind, updates, EXCHANGE, binding),
             partial(channel.basic_qos, prefetch_count=self._prefetch),
             open_dead_channel,
@@ -283,7 +287,7 @@ class RabbitSource:
             self.link.read_slowly(self._full)
 
     def _settle(self, epoch: int, tags: Sequence[int]) -> None:
-        if epoch != self._epoch:
+        if epoch != self._epoch or self._given_up:
             return
         fresh = {tag for tag in tags if self._open.get(tag) is False}
         early = fresh.intersection(self._dead.values())
@@ -323,12 +327,13 @@ class RabbitSource:
 
     def _on_dead_return(self, _channel: Channel, method: Any, _properties: Any, _body: bytes) -> None:
         """Give up the connection before the confirm that follows: the message comes again, the queue is declared."""
-        self._dead.clear()
+        self._given_up = True
         self.link.reconnect(f"no queue takes the dead letters: {method.reply_text}")
 
     def _on_buried(self, frame: Any) -> None:
         method = frame.method
         if isinstance(method, pika.spec.Basic.Nack):
+            self._given_up = True
             self.link.reconnect("the dead-letter queue does not take a message (nack)")
             return
         last = method.delivery_tag
@@ -338,9 +343,14 @@ class RabbitSource:
         self._waiting -= safe
 
     def _on_down(self, problem: Exception) -> None:
-        if ": 406 " in str(problem) and not self._passive:
-            log.warning("%s: using the queues as they are", problem)
-            self._passive = True
+        for name in (queue(self._job), dead_queue(self._job)):
+            if f"'{name}'" not in str(problem):
+                continue
+            if ": 406 " in str(problem) and name not in self._passive:
+                log.warning("%s: using the queue as it is", problem)
+                self._passive.add(name)
+            elif ": 404 " in str(problem):  # it is gone meanwhile: declared anew
+                self._passive.discard(name)
         with self._changed:
             self._epoch += 1
             self._inbox.clear()
@@ -349,6 +359,7 @@ class RabbitSource:
         self._open.clear()
         self._dead.clear()
         self._waiting.clear()
+        self._given_up = False
 
 
 def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:

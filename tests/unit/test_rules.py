@@ -11,10 +11,10 @@ import pytest
 from pydantic import ValidationError
 
 from aggregator.arrival import Arrival
+from aggregator.record import read_record
 from aggregator.rules import RULES, rule_of
 from aggregator.rules.fednova import effective_steps
 from aggregator.rules.memory import SHORT, SHORTENED, SPARE_BYTES
-from aggregator.record import read_record
 from aggregator.state import Kept, State
 from shared.compression import decode, parse
 from shared.config import AggregatorSettings
