@@ -55,6 +55,11 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> U
             Reason.BASE_VERSION,
             f"base_version {update.base_version} was never published; newest is {committed_version}",
         )
+    envelope = len(delivery.body) - len(update.payload)
+    if envelope > ENVELOPE_BYTES_MAX:
+        raise RejectedUpdate(
+            Reason.TOO_LARGE, f"{envelope} bytes without its payload; a message has at most {ENVELOPE_BYTES_MAX}"
+        )
     codec = codec_of(update.codec.get("name"))
     limit = codec.payload_bytes_max(admission.layout) + ENVELOPE_BYTES_MAX
     size = update.part.payload_bytes if update.part else len(delivery.body)

@@ -87,13 +87,15 @@ class Aggregator:
         if self._held is None:
             self._held = next(iter(self._source.receive(1, self._wait_s())), None)
         worked = self._held is not None
+        newest = True
         if not self._uncommitted:
-            self._catch_up(reload=worked)
+            newest = self._catch_up(reload=worked)
             self._pending_since = self._clock.monotonic()
         if self._held is not None:
             self._settle(self._held)
             self._held = None
-        self._intake.give_up_abandoned(self.state, self._account)
+        if newest:  # a standby knows nothing of the parts that came since it looked
+            self._intake.give_up_abandoned(self.state, self._account)
         if self._commit_due():
             self._commit()
         return worked
@@ -242,8 +244,8 @@ class Aggregator:
         self._pending, self._account, self._token = [], Account(), ""
         self._advanced = self._in_doubt = False
 
-    def _catch_up(self, reload: bool) -> None:
-        """Notice that another aggregator has committed; a standby that takes over starts with a reload.
+    def _catch_up(self, reload: bool) -> bool:
+        """Notice that another aggregator has committed; tell whether the state is the newest, as after a reload.
 
         Args:
             reload: there is work, so the state must be the newest; otherwise only the metrics follow.
@@ -255,6 +257,7 @@ class Aggregator:
         if reload and head.revision != self.state.revision:
             log.info("taking over at revision %d, version %d", head.revision, head.version)
             self.state = self._adopt(self._load())
+        return head.revision == self.state.revision
 
     def _rival_committed(self) -> bool:
         """Tell whether the store has moved on without us: then an unknown base_version may be a rival's."""

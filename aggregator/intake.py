@@ -5,6 +5,7 @@ comes again under the id of an applied or refused one is a duplicate.
 """
 
 import logging
+import math
 from collections import OrderedDict
 
 from aggregator import partial
@@ -48,12 +49,14 @@ class Intake:
         weighed = "staleness" in RULES[parse(settings.rule, RULE_TABLE).name].uses
         self._weight = parse_staleness(settings.staleness if weighed else "constant")
         self._bases: OrderedDict[int, Vector] = OrderedDict()
+        self._look_s = -math.inf  # before this nothing can be abandoned; monotonic
 
     def begin(self, layout: Layout) -> None:
         """Start from a state that was just loaded."""
         s = self._settings
         self._admission = Admission(s.job, layout, s.message_bytes_max, s.update_bytes_max)
         self._bases.clear()
+        self._look_s = -math.inf
 
     def take_in(self, state: State, account: Account, delivery: Delivery) -> bool:
         """Decide what becomes of a delivery and note it; tell whether the buffer has grown.
@@ -62,7 +65,16 @@ class Intake:
             RejectedUpdate: it is to go to the dead letters; call `reject`.
             StoreUnavailable: nothing has changed; call again.
         """
-        update, size = admit(delivery, self._admission, state.committed_version), len(delivery.body)
+        update = admit(delivery, self._admission, state.committed_version)
+        try:
+            return self._decide(state, account, delivery, update)
+        except RejectedUpdate:
+            partial.drop(state, update.client, update.update_id)  # `reject` may not know whose parts these are
+            raise
+
+    def _decide(self, state: State, account: Account, delivery: Delivery, update: Update) -> bool:
+        """Do what `take_in` says with an admitted update, or a part of one."""
+        size = len(delivery.body)
         staleness, weight, outcome = state.version - update.base_version, 0.0, APPLIED
         first = None if delivery.replayed else state.refused.get(update.update_id)
         if first not in (None, STALE) and update.part is None:  # its dead letter may not have been safe before a crash
@@ -97,9 +109,12 @@ class Intake:
 
     def give_up_abandoned(self, state: State, account: Account) -> None:
         """Reject updates of which no part came for too long."""
-        age_max_s = self._settings.parts_age_max_s
-        for client in partial.abandoned(state, age_max_s, self._clock.monotonic()):
+        age_max_s, now_s = self._settings.parts_age_max_s, self._clock.monotonic()
+        if now_s <= self._look_s:  # to look at thousands in every step would cost more than the step
+            return
+        for client in partial.abandoned(state, age_max_s, now_s):
             self._give_up(state, account, client, f"no part came for {age_max_s:g} s (parts_age_max_s)")
+        self._look_s = age_max_s + min((held.touched_s for held in state.partial.values()), default=now_s)
 
     def _whole(self, state: State, account: Account, update: Update, size: int) -> tuple[Update, int] | None:
         """Return an update and the bytes of its messages; None while parts of it are missing."""
@@ -114,6 +129,7 @@ class Intake:
         held = state.partial[client]
         detail = f"{len(held.sizes)} of {held.count} parts are here; {why}"
         self.reject(state, account, client, held.update_id, RejectedUpdate(Reason.INCOMPLETE, detail))
+        partial.drop(state, client, held.update_id)  # also of a replayed one, which had its outcome before
 
     def _apply(self, state: State, update: Update, delta: Decoded, staleness: int) -> float:
         """Have an update change the state, once; return its weight, for the ledger."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from aggregator.state import State
 
 PREFIX = "part:"  # of the records' names
+PARTIALS_MAX = 10_000  # unfinished updates: each stands in the state, which every commit writes
+PART_BYTES_LEAST = 256  # what a part counts as when it is shorter: its name and its place in the store
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Partial:
         payload_bytes: of its whole payload.
         sizes: part -> bytes of payload, of those that are here.
         message_bytes: of the messages they came in.
+        have_bytes: sum of the sizes.
+        room_bytes: what it counts as against the limit; kept, for all are added up when one begins.
         touched_s: monotonic time when the last one came, or when the state was loaded.
     """
 
@@ -39,7 +43,12 @@ class Partial:
     payload_bytes: int
     sizes: dict[int, int] = field(default_factory=dict)
     message_bytes: int = 0
+    have_bytes: int = 0
+    room_bytes: int = field(init=False)
     touched_s: float = -1.0  # not known yet: see `touch`
+
+    def __post_init__(self) -> None:
+        self.room_bytes = _room(self.payload_bytes, self.count)
 
     def record(self) -> list[Any]:
         """Return it in msgpack's types."""
@@ -50,7 +59,8 @@ class Partial:
     def read(cls, record: list[Any]) -> "Partial":
         """Read what `record` returned."""
         update_id, sort, count, payload_bytes, sizes, message_bytes = record
-        return cls(update_id, sort, count, payload_bytes, dict(sizes), message_bytes)
+        have_bytes = sum(size for _, size in sizes)
+        return cls(update_id, sort, count, payload_bytes, dict(sizes), message_bytes, have_bytes)
 
     def name(self, index: int) -> str:
         """Return the name of a part's record."""
@@ -78,7 +88,8 @@ def take(state: "State", update: Update, size: int, bytes_max: int, now_s: float
     sort = _sort(update, part)
     partial = state.partial.get(update.client)
     if partial is None or partial.sort != sort:
-        drop(state, update.client, update.update_id)
+        if partial is not None:
+            drop(state, update.client, partial.update_id)
         _make_room(state, part, bytes_max)
         partial = state.partial[update.client] = Partial(update.update_id, sort, part.count, part.payload_bytes)
     partial.touched_s = now_s
@@ -86,7 +97,8 @@ def take(state: "State", update: Update, size: int, bytes_max: int, now_s: float
         state.kept.put(partial.name(part.index), update.payload)
         partial.sizes[part.index] = len(update.payload)
         partial.message_bytes += size
-    have = sum(partial.sizes.values())
+        partial.have_bytes += len(update.payload)
+    have = partial.have_bytes
     missing = partial.count - len(partial.sizes)
     if have > part.payload_bytes or (not missing and have != part.payload_bytes):
         raise RejectedUpdate(
@@ -124,13 +136,20 @@ def abandoned(state: "State", age_max_s: float, now_s: float) -> dict[str, Parti
 
 
 def _make_room(state: "State", part: Part, bytes_max: int) -> None:
-    held = sum(partial.payload_bytes for partial in state.partial.values())
-    if held + part.payload_bytes > bytes_max:
+    if len(state.partial) >= PARTIALS_MAX:
+        raise RejectedUpdate(Reason.INCOMPLETE, f"no room for parts of one more update: {PARTIALS_MAX} are unfinished")
+    held = sum(partial.room_bytes for partial in state.partial.values())
+    if held + _room(part.payload_bytes, part.count) > bytes_max:
         raise RejectedUpdate(
             Reason.INCOMPLETE,
             f"no room for an update of {part.payload_bytes} bytes in parts: {len(state.partial)} others hold {held}, "
             f"parts_bytes_max is {bytes_max}",
         )
+
+
+def _room(payload_bytes: int, count: int) -> int:
+    """Return what an update in parts takes of the store, so that tiny parts are not held for nothing."""
+    return max(payload_bytes, count * PART_BYTES_LEAST)
 
 
 def _join(state: "State", partial: Partial) -> bytes:

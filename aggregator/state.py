@@ -159,7 +159,7 @@ def from_stored(
         model=stored.model,
         arrays={name: _array(stored, name, 0.0, True) for name in sums}
         | {name: _array(stored, name, first, own) for name, first in arrays.items()},
-        stored_arrays=tuple(stored.arrays),
+        stored_arrays=tuple(name for name in stored.arrays if own or name in sums),
         kept=kept,
         facts=small["facts"] if own else {},
         buffer=[Contribution(*item) for item in small["buffer"]],

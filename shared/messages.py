@@ -155,7 +155,7 @@ def decode(body: bytes, message_bytes_max: int, crc32: int | None = None) -> Upd
         num_steps=_whole(record, "num_steps", 1, NUM_STEPS_MAX, Reason.MALFORMED),
         layout=_text(record, "layout", 64),
         codec=_scalars(record, "codec"),
-        payload=_payload(record, proven=crc32 is not None),
+        payload=_payload(record),
         metrics=_numbers(record, "metrics"),
         train_seconds=_number(record, "train_seconds"),
         created_at=_number(record, "created_at"),
@@ -248,11 +248,11 @@ def _part(record: Mapping[str, Any]) -> Part | None:
     return Part(index, count, size)
 
 
-def _payload(record: Mapping[str, Any], proven: bool) -> bytes:
+def _payload(record: Mapping[str, Any]) -> bytes:
     payload, checksum = record.get("payload"), record.get("checksum")
     if not isinstance(payload, bytes):
         raise RejectedUpdate(Reason.MALFORMED, "payload must be binary")
-    actual = checksum if proven else zlib.crc32(payload)
+    actual = zlib.crc32(payload)
     if checksum != actual:
         raise RejectedUpdate(Reason.CHECKSUM, f"the payload's crc32 is {actual}, the message says {_shown(checksum)}")
     return payload

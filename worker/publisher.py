@@ -3,10 +3,11 @@
 import logging
 import threading
 import zlib
+from collections.abc import Iterator
 
 from shared.clock import Clock
-from shared.errors import PublishRefused, PublishUnconfirmed, Unavailable
-from shared.messages import PART_BYTES, split
+from shared.errors import PublishRefused, PublishUnconfirmed, RejectedUpdate, Unavailable
+from shared.messages import PART_BYTES, decode, split
 from shared.metrics import WorkerMetrics
 from shared.transport.ports import Outgoing, UpdateSink
 from worker.outbox import Outbox
@@ -45,9 +46,9 @@ class Publisher:
         update_id, part_bytes = waiting.update_id, self.part_bytes
         done = self._confirmed[2] if self._confirmed[:2] == (update_id, part_bytes) else 0
         body = waiting.body()
-        for index, piece in enumerate(split(body, part_bytes)):
+        for index, (piece, crc32) in enumerate(_pieces(update_id, body, part_bytes)):
             if index >= done:
-                message = Outgoing(self._job, self._client, update_id, piece, piece is not body, zlib.crc32(piece))
+                message = Outgoing(self._job, self._client, update_id, piece, piece is not body, crc32)
                 self._publish(message, min(timeout_s, self._confirm_timeout_s))
                 self._confirmed = update_id, part_bytes, index + 1
         self._outbox.confirm(waiting)
@@ -96,3 +97,19 @@ class Publisher:
                 self.problem = str(error)
                 self._clock.wait(threading.Event(), 0.3)
         return not len(self._outbox)
+
+
+def _pieces(update_id: str, body: bytes, part_bytes: int) -> Iterator[tuple[bytes, int | None]]:
+    """Yield the messages an update travels as, each with its crc32.
+
+    What a disk has damaged gets none, so that the payload's own checksum is looked at, and is no more than one message
+    takes: the aggregator rejects it by name, and the updates behind it do not wait for ever.
+    """
+    try:
+        if len(body) <= part_bytes:
+            decode(body, len(body))  # `split` does so with a longer one
+        for piece in split(body, part_bytes):
+            yield piece, zlib.crc32(piece)
+    except RejectedUpdate as error:
+        log.error("update %s in the outbox is damaged, it will be rejected: %s", update_id, error)
+        yield body[:part_bytes], None

@@ -16,7 +16,7 @@ from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot, write_snapshot
-from shared.store.ports import OUTCOMES_MAX, REFUSED_IDS_MAX, Commit, Head, Stored, unheard
+from shared.store.ports import CLIENTS_MAX, OUTCOMES_MAX, REFUSED_IDS_MAX, Commit, Head, Stored, unheard
 from shared.vector import Vector
 
 
@@ -178,8 +178,10 @@ class InProcessStore:
             updates = json.loads(commit.ledger)
             self.ledger.append({"revision": head.revision + 1, "version": commit.version, "updates": updates})
             self._clients.update(commit.clients)
-            for client in unheard(self._clients):
-                del self._clients[client]
+            if len(self._clients) > CLIENTS_MAX:
+                for client in unheard(self._clients):
+                    del self._clients[client]
+                    self._outcomes.pop(client, None)
             for client, pairs in commit.outcomes.items():
                 self._outcomes.setdefault(client, deque(maxlen=OUTCOMES_MAX)).append((head.revision + 1, list(pairs)))
             for version in commit.dropped_versions:

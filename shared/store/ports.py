@@ -23,11 +23,9 @@ CLIENTS_MAX = 100_000  # of which something is known; the longest unheard goes
 
 
 def unheard(clients: Mapping[str, str | bytes]) -> list[str]:
-    """Return which clients to forget: none, or beyond `CLIENTS_MAX` those unheard of for longest, a tenth at once."""
-    if len(clients) <= CLIENTS_MAX:
-        return []
+    """Return which clients to forget when there are too many: those unheard of for longest, down to nine tenths."""
     by_age = sorted(clients, key=lambda client: float(json.loads(clients[client]).get("seen", 0.0)))
-    return by_age[: len(clients) - CLIENTS_MAX + CLIENTS_MAX // 10]
+    return by_age[: max(0, len(clients) - CLIENTS_MAX * 9 // 10)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -370,7 +370,11 @@ class RedisStore:
                 return []
             known = {name.decode(): text for name, text in self._redis.hgetall(key).items()}
         gone = unheard(known | dict(coming))
-        return [["HDEL", key, *gone[at : at + SCRIPT_ARGS_MAX]] for at in range(0, len(gone), SCRIPT_ARGS_MAX)]
+        commands: list[list[Any]] = []
+        for at in range(0, len(gone), SCRIPT_ARGS_MAX):
+            some = gone[at : at + SCRIPT_ARGS_MAX]
+            commands += [["HDEL", key, *some], ["DEL", *(self._key(f"outcomes:{client}") for client in some)]]
+        return commands
 
     def _stage(self, token: str, pieces: Mapping[str, Iterator[memoryview]]) -> tuple[list[str], list[list[Any]]]:
         """Write the large pieces under stage keys; return those and the commands that move them into place.

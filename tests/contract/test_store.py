@@ -206,15 +206,19 @@ def test_refused_ids_are_remembered_with_the_first_word_and_the_newest_stay(
 
 
 def test_beyond_so_many_clients_those_unheard_of_are_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("ports", "redis"):
+    for module in ("ports", "redis", "inprocess"):
         monkeypatch.setattr(f"shared.store.{module}.CLIENTS_MAX", 40)
     client = store.open()
     client.create(image(0), 1.0)
     for revision in range(10):
         seen = {f"c{revision}-{n}": json.dumps({"seen": 100 * revision + n}) for n in range(9)}
-        client.commit(commit_of(revision, 0, None, clients=seen | {"faithful": json.dumps({"seen": 100 * revision})}))
+        told = {name: [(f"{name}/i/0", "applied")] for name in seen}
+        faithful = {"faithful": json.dumps({"seen": 100 * revision})}
+        client.commit(commit_of(revision, 0, None, clients=seen | faithful, outcomes=told))
     known = store.clients()
     assert 36 <= len(known) <= 40
+    assert client.outcomes("c9-0", 0)[0] == [("c9-0/i/0", "applied")]
+    assert client.outcomes("c0-0", 0)[0] == []
     assert "faithful" in known
     assert {f"c9-{n}" for n in range(9)} <= set(known)
     assert not any(name.startswith("c0") for name in known)

@@ -189,7 +189,7 @@ def staleness_is_limited_off_by_one(patch: Patch) -> None:
 def no_checksum(patch: Patch) -> None:
     decode = shared.messages.decode
     patch(aggregator.admission, "decode", lambda body, most, crc32: decode(body, most))
-    patch(shared.messages, "_payload", lambda record, proven: record["payload"])
+    patch(shared.messages, "_payload", lambda record: record["payload"])
 
 
 def the_envelope_has_no_checksum(patch: Patch) -> None:
