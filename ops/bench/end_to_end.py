@@ -12,17 +12,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import pika
 import pika.adapters.utils.io_services_utils
 
+from ops.bench.process import processor_seconds, resident_bytes
 from ops.bench.updates import JOB, encoded_update, model_of, with_id
-from ops.servers import PrivateServers, free_port
+from ops.servers import PrivateServer, PrivateServers, free_port
 from shared.store.redis import RedisStore
 from shared.transport import names
 from shared.transport.ports import Outgoing
@@ -34,6 +35,18 @@ DRAIN_S_MAX = 300.0
 PREFETCH = 1024  # of every consumer, the default of the aggregator
 PIKA_READ_BYTES = (4096, 1024 * 100)  # pika 1.4's own: per recv, per event
 PUBLISHES = 40  # measured one by one, each with its confirm
+
+
+class Servers(Protocol):
+    """A broker and a store."""
+
+    @property
+    def rabbitmq(self) -> PrivateServer:
+        """The broker."""
+
+    @property
+    def redis(self) -> PrivateServer:
+        """The store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,23 @@ class Drain:
     idle_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One backlog drained by an aggregator of its own.
+
+    Attributes:
+        rate: updates/s.
+        peak_bytes: resident, at most.
+        idle_bytes: resident before there was any model.
+        processor_s: of the aggregator's processor time for each update.
+    """
+
+    rate: float
+    peak_bytes: float
+    idle_bytes: float
+    processor_s: float
+
+
 def drain(num_params: int, repeats: int, servers: PrivateServers, folder: Path) -> Drain:
     """Measure one model size; the three consumers take turns, `ratio` is the median of the rounds' ratios."""
     body = encoded_update(model_of(num_params), 999_999_999)[1]
@@ -61,13 +91,13 @@ def drain(num_params: int, repeats: int, servers: PrivateServers, folder: Path) 
         publish = _publish_rate(servers, body)
         pika_rate = _rate(servers, body, count, _plain_pika(servers))
         transport = _rate(servers, body, count, _transport_only(servers))
-        rate, peak, idle = _aggregator_rate(servers, body, count, num_params, folder)
-        rounds.append((publish, rate, pika_rate, transport, peak, idle))
-        _say(
-            f"{num_params:>10,}  {index + 1}: aggregator {rate:7.1f}/s, pika {pika_rate:7.1f}/s, "
+        run = aggregator_rate(servers, body, count, num_params, folder)
+        rounds.append((publish, run.rate, pika_rate, transport, run.peak_bytes, run.idle_bytes))
+        say(
+            f"{num_params:>10,}  {index + 1}: aggregator {run.rate:7.1f}/s, pika {pika_rate:7.1f}/s, "
             f"transport {transport:7.1f}/s"
         )
-    publish, rate, pika_rate, transport, peak, idle = (statistics.median(c) for c in zip(*rounds, strict=True))
+    publish, rate, pika_rate, transport, _, idle = (statistics.median(c) for c in zip(*rounds, strict=True))
     ratio = statistics.median(row[1] / row[2] for row in rounds)
     return Drain(
         num_params,
@@ -85,7 +115,7 @@ def drain(num_params: int, repeats: int, servers: PrivateServers, folder: Path) 
 
 def _rate(servers: PrivateServers, body: bytes, count: int, consumer: Iterator[int]) -> float:
     """Time a consumer: the first `next` connects it, each further one settles some messages and tells how many."""
-    with _gate(servers, body, count):
+    with gate(servers, body, count):
         next(consumer)
     started, settled = time.perf_counter(), 0
     while settled < count:
@@ -138,40 +168,67 @@ def _transport_only(servers: PrivateServers) -> Iterator[int]:
         source.close()
 
 
-def _aggregator_rate(
-    servers: PrivateServers, body: bytes, count: int, num_params: int, folder: Path
-) -> tuple[float, float, float]:
-    """Return updates/s, peak resident bytes, and resident bytes before any model, of a fresh aggregator process."""
+def aggregator_rate(
+    servers: Servers, body: bytes, count: int, num_params: int, folder: Path, module: str = "aggregator",
+    **settings: str,
+) -> Run:  # fmt: skip
+    """Let a fresh aggregator process drain a backlog.
+
+    Args:
+        servers: broker and store; the store is emptied.
+        body: of the updates in the backlog, which differ by their ids.
+        count: how many.
+        num_params: of the model.
+        folder: for its log.
+        module: what is run: `aggregator`, or something that runs it.
+        settings: `FEDMQ_*` variables, beside those of every run.
+    """
     store = RedisStore(servers.redis.url, JOB)
     store._redis.flushdb()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FEDMQ_")} | {
+    environment = aggregator_environment(servers, **settings)
+    with ExitStack() as stack:
+        with gate(servers, body, count):
+            process = stack.enter_context(running(environment, folder, module))
+            wait(lambda: "waiting for version 0" in health(environment["FEDMQ_METRICS_PORT"]))
+            idle = resident_bytes(process.pid)
+            store.create(model_of(num_params), time.time())
+            wait(lambda: bool(store.job()))
+        started, used = time.perf_counter(), processor_seconds(process.pid)
+        wait(lambda: (store.totals().get("applied", 0)) >= count)
+        rate, spent = count / (time.perf_counter() - started), processor_seconds(process.pid) - used
+        return Run(rate, resident_bytes(process.pid, "VmHWM"), idle, spent / count)
+
+
+def aggregator_environment(servers: Servers, **settings: str) -> dict[str, str]:
+    """Return the environment of an aggregator: those of a benchmark, and the settings given."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FEDMQ_")}
+    return inherited | {
         "FEDMQ_BROKER_URL": servers.rabbitmq.url, "FEDMQ_STORE_URL": servers.redis.url, "FEDMQ_JOB": JOB,
         "FEDMQ_CODEC": "int8", "FEDMQ_STALENESS_MAX": "100000", "FEDMQ_PREFETCH": str(PREFETCH),
         "FEDMQ_METRICS_PORT": str(free_port()),
-    }  # fmt: skip
-    with _gate(servers, body, count):
-        with (folder / "aggregator.log").open("ab") as log:
-            process = subprocess.Popen([sys.executable, "-m", "aggregator"], env=environment, stdout=log, stderr=log)
-        try:
-            _wait(lambda: "waiting for version 0" in _health(environment["FEDMQ_METRICS_PORT"]))
-            idle = _resident(process.pid, "VmRSS")
-            store.create(model_of(num_params), time.time())
-            _wait(lambda: bool(store.job()))
-        except BaseException:
-            process.kill()
-            raise
-    try:
-        started = time.perf_counter()
-        _wait(lambda: (store.totals().get("applied", 0)) >= count)
-        elapsed_s = time.perf_counter() - started
-        return count / elapsed_s, _resident(process.pid, "VmHWM"), idle
-    finally:
-        process.terminate()
-        process.wait(30)
+    } | settings  # fmt: skip
 
 
 @contextmanager
-def _gate(servers: PrivateServers, body: bytes, count: int) -> Iterator[None]:
+def running(
+    environment: dict[str, str], folder: Path, module: str = "aggregator"
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run a program for as long as the block lasts; its log is `aggregator.log` of the folder."""
+    with (folder / "aggregator.log").open("ab") as log:
+        process = subprocess.Popen([sys.executable, "-m", module], env=environment, stdout=log, stderr=log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def gate(servers: Servers, body: bytes, count: int) -> Iterator[None]:
     """Fill a fresh queue and hold it as its active consumer; leaving the block hands it to the next one."""
     connection = pika.BlockingConnection(pika.URLParameters(servers.rabbitmq.url))
     channel = connection.channel()
@@ -185,7 +242,7 @@ def _gate(servers: PrivateServers, body: bytes, count: int) -> Iterator[None]:
         channel.basic_publish(names.EXCHANGE, names.routing_key(JOB, "bench"), message, properties)
     connection.close()
     # one message is held by the gate
-    _wait(lambda: queue_depths(servers.rabbitmq.url, JOB, 5)["updates"] >= count - 1)
+    wait(lambda: queue_depths(servers.rabbitmq.url, JOB, 5)["updates"] >= count - 1)
     try:
         yield
     finally:
@@ -209,15 +266,21 @@ def _publish_rate(servers: PrivateServers, body: bytes) -> float:
         source.close()
 
 
-def _wait(condition: Any) -> None:
-    deadline = time.monotonic() + DRAIN_S_MAX
+def wait(condition: Callable[[], bool], timeout_s: float = DRAIN_S_MAX, poll_s: float = 0.01) -> None:
+    """Return when a condition is true.
+
+    Raises:
+        TimeoutError: it does not come true.
+    """
+    deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError("the benchmark's condition did not come true; see its aggregator.log")
-        time.sleep(0.01)
+        time.sleep(poll_s)
 
 
-def _health(port: str) -> str:
+def health(port: str) -> str:
+    """Return what an aggregator says of itself, nothing while it is not there."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as answer:
             return str(answer.read())
@@ -227,13 +290,6 @@ def _health(port: str) -> str:
         return ""
 
 
-def _resident(pid: int, field: str) -> float:
-    """Read VmRSS (now) or VmHWM (peak) of a process, in bytes; Linux only."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(field):
-            return float(line.split()[1]) * 1024
-    return float("nan")
-
-
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print progress beside the tables."""
     print(f"  {line}", file=sys.stderr, flush=True)

@@ -23,9 +23,10 @@ from shared.compression.registry import EXAMPLES
 from shared.errors import Reason, RejectedUpdate
 from shared.layout import Layout
 
-LAYOUT = Layout.of(
-    [("matrix", (40, 30), "float32"), ("bias", (30,), "float32"), ("odd", (7, 211), "float32"), ("b", (1,), "float32")]
-)  # two tensors in the body, of no round size, and two small ones between
+TENSORS = [
+    ("matrix", (40, 30), "float32"), ("bias", (30,), "float32"), ("odd", (7, 211), "float32"), ("b", (1,), "float32"),
+]  # fmt: skip
+LAYOUT = Layout.of(TENSORS)  # two tensors in the body, of no round size, and two small ones between
 SEEDS = 6  # valid encodings that are spoiled
 MEMORY_BYTES_MAX = 4_000_000  # what one input may take: a few slabs; 1 % of inputs and all bombs are measured
 MEASURED = 0.01
@@ -72,7 +73,7 @@ def fuzz(name: str, inputs: int, seed: int) -> FuzzResult:
         AssertionError: an input did anything but be refused or decode to a finite delta; it says how to repeat it.
     """
     codec = parse(name)
-    valid = _valid(name)
+    valid = valid_encodings(name)
     total, result = np.zeros(LAYOUT.num_params, np.float32), FuzzResult(inputs)
     base = zlib.crc32(codec.name.encode()) << 64 | seed << 32
     for number in range(inputs):
@@ -115,8 +116,8 @@ def _repeat(name: str, seed: int, number: int, payload: bytes, params: Params | 
     )
 
 
-def _valid(name: str) -> list[Valid]:
-    """Encode deltas of several kinds: Gaussian, heavy-tailed, sparse, zero, constant, tiny."""
+def valid_encodings(name: str) -> list[Valid]:
+    """Encode deltas of several kinds with a codec: Gaussian, heavy-tailed, sparse, zero, constant, tiny."""
     codec, size, found = parse(name), LAYOUT.num_params, []
     for kind in range(SEEDS):
         rng = np.random.default_rng(kind)
@@ -147,13 +148,14 @@ def _hostile(rng: random.Random, valid: list[Valid], zstd: bool) -> tuple[bytes,
         return plain, params, False
     if rng.random() < 0.01:
         return rng.choice(BOMBS), params, True
-    payload = _compress(plain, known_size=rng.random() < 0.8)
+    payload = compress(plain, known_size=rng.random() < 0.8)
     if rng.random() < 0.2:
         payload = rng.choice(MUTATIONS)(rng, payload, b"")
     return payload, params, False
 
 
-def _compress(plain: bytes, known_size: bool) -> bytes:
+def compress(plain: bytes, known_size: bool) -> bytes:
+    """Compress at level 1, with or without the size in the frame's header."""
     if known_size:
         return _COMPRESSOR.compress(plain)
     compressor = _COMPRESSOR.compressobj()
@@ -245,12 +247,12 @@ def _announcing(size: int) -> bytes:
 
 
 BOMBS = (
-    _compress(bytes(2**26), known_size=True), _compress(bytes(2**26), known_size=False),
+    compress(bytes(2**26), known_size=True), compress(bytes(2**26), known_size=False),
     _announcing(2**40), _announcing(2**64 - 1), _announcing(2**64 - 2), _announcing(2**64 - 3), _announcing(0),
-    _compress(b"", known_size=True), _compress(b"", known_size=False),
+    compress(b"", known_size=True), compress(b"", known_size=False),
     b"\x28\xb5\x2f\xfd\x00\xf8\x01\x00\x00",  # a window of 2^41 bytes, no size, an empty block
     b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd",  # a frame to be skipped
-    _compress(b"ab", known_size=True) * 2,
+    compress(b"ab", known_size=True) * 2,
 )  # fmt: skip
 
 
