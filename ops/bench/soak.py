@@ -41,7 +41,7 @@ MIB = 2**20
 # a saw of three teeth, which hides what grows.
 RABBITMQ = "raft.wal_max_size_bytes = 16777216\n"
 BOUNDED = {  # what grows to a bound that ten minutes do not reach: kind of key -> the bound
-    "ledger": "100,000 commits", "outcomes": "30 days", "meta": "one hour of versions", "refused": "100,000 ids",
+    "ledger": "100,000 commits", "outcomes": "30 days", "meta": "one hour of versions", "refused": "65,536 ids",
     "evaluations": "10,000 entries", "stage": "the commit under way",
 }  # fmt: skip
 
