@@ -49,7 +49,7 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> U
             Reason.MALFORMED, f"message_id {delivery.update_id[:64]!r}, but update_id {update.update_id[:64]!r}"
         )
     if update.layout != admission.layout.hash:
-        raise RejectedUpdate(Reason.LAYOUT, f"layout {update.layout[:12]}, the job's is {admission.layout.hash[:12]}")
+        raise RejectedUpdate(Reason.LAYOUT, f"layout {update.layout[:12]!r}, the job's is {admission.layout.hash[:12]}")
     if update.base_version > committed_version:
         raise RejectedUpdate(
             Reason.BASE_VERSION,

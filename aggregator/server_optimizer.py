@@ -105,6 +105,8 @@ class Momentum:
             np.add(x, np.multiply(m, eta, out=product), out=x)
 
 
+GRADIENT_MAX = 1e15  # of one weight: a million such squares still fit float32, and no training makes a larger one
+
 Accumulate = Callable[[Vector, Vector, Vector], None]  # v (changed in place), g^2 (may be overwritten), scratch
 
 
@@ -160,7 +162,7 @@ class Adaptive:
         for part in _blocks(size):
             x = state.weights[part]
             g, t, spare = (block[: x.size] for block in scratch)
-            np.multiply(gradient[part], factor, out=g)
+            np.clip(np.multiply(gradient[part], factor, out=g), -GRADIENT_MAX, GRADIENT_MAX, out=g)
             v = self._size_of(state, part, g, t, spare)
             m = self._average_of(state, part, g, spare)
             np.add(np.sqrt(v, out=t), epsilon, out=t)

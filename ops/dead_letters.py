@@ -13,7 +13,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ from rich.text import Text
 from shared.command import log_to_stderr
 from shared.config import Settings
 from shared.errors import BrokerUnavailable, PublishRefused, Reason, SettingsError
-from shared.messages import ENVELOPE_BYTES_MAX, METRICS_MAX
+from shared.messages import unpacked
 from shared.transport.dead_letters import DeadLetters, Letter
 
 CELL_CHARS_MAX = 60  # in the list
@@ -137,10 +136,7 @@ def seconds_of(text: str) -> float:
 def envelope_of(body: bytes) -> dict[str, Any] | None:
     """Return the fields of a message with the payload's size in its place, None if it is no map; checks nothing."""
     try:
-        record = msgpack.unpackb(
-            body, raw=False, strict_map_key=True, max_map_len=METRICS_MAX, max_array_len=0, max_ext_len=0,
-            max_str_len=ENVELOPE_BYTES_MAX, max_bin_len=len(body),
-        )  # fmt: skip
+        record = unpacked(body)
     except Exception:  # msgpack raises whatever it likes, as in `shared.messages.decode`
         return None
     if not isinstance(record, dict):

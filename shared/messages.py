@@ -136,10 +136,7 @@ def decode(body: bytes, message_bytes_max: int, crc32: int | None = None) -> Upd
     if crc32 is not None and (actual := zlib.crc32(body)) != crc32:
         raise RejectedUpdate(Reason.CHECKSUM, f"the message's crc32 is {actual}, its sender says {crc32}")
     try:
-        record = msgpack.unpackb(
-            body, raw=False, strict_map_key=True, max_map_len=METRICS_MAX, max_array_len=0, max_ext_len=0,
-            max_str_len=ENVELOPE_BYTES_MAX, max_bin_len=len(body), object_hook=_counting(MAPS_MAX),
-        )  # fmt: skip
+        record = unpacked(body)
     except Exception as error:  # msgpack raises ValueError, its own types, UnicodeDecodeError, RecursionError, ...
         raise RejectedUpdate(Reason.MALFORMED, f"not a msgpack map: {type(error).__name__}: {error}") from error
     if not isinstance(record, dict):
@@ -167,6 +164,18 @@ def decode(body: bytes, message_bytes_max: int, crc32: int | None = None) -> Upd
             Reason.MALFORMED, f"update_id {update.update_id!r} is not {update.client}/<incarnation>/<sequence>"
         )
     return update
+
+
+def unpacked(body: bytes) -> Any:
+    """Read msgpack from anybody: sizes, depth and the number of maps are bounded before memory is spent.
+
+    Raises:
+        Exception: whatever msgpack likes, when it is none or goes beyond.
+    """
+    return msgpack.unpackb(
+        body, raw=False, strict_map_key=True, max_map_len=METRICS_MAX, max_array_len=0, max_ext_len=0,
+        max_str_len=ENVELOPE_BYTES_MAX, max_bin_len=len(body), object_hook=_counting(MAPS_MAX),
+    )  # fmt: skip
 
 
 def _counting(maps_max: int) -> Callable[[dict[str, Any]], dict[str, Any]]:

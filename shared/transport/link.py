@@ -7,6 +7,7 @@ nothing else, and other threads hand work over with `call`. Hours of training co
 import contextlib
 import logging
 import random
+import struct
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import pika
 import pika.adapters.select_connection
 import pika.adapters.utils.io_services_utils as pika_io
 import pika.channel
+import pika.data
 import pika.exceptions
 from tenacity import Retrying, sleep_using_event, stop_when_event_set, wait_random_exponential
 
@@ -43,6 +45,25 @@ READ_BYTES = 2**18
 TRICKLE_BYTES = 2**14
 pika_io._AsyncTransportBase._MAX_RECV_BYTES = READ_BYTES
 pika_io._AsyncTransportBase._MAX_CONSUME_BYTES = 4 * READ_BYTES
+
+_read_table = pika.data.decode_table
+
+
+def _table(encoded: bytes, offset: int) -> tuple[dict[str, Any], int]:
+    """Read a table of headers; of one that pika cannot read nothing is kept.
+
+    A date beyond Python's, or tables nested a thousand deep, would end the connection, and again with each delivery
+    of the same message: one message would stop a job for good.
+    """
+    try:
+        table: tuple[dict[str, Any], int] = _read_table(encoded, offset)
+    except Exception as error:  # OverflowError, ValueError, RecursionError, struct.error, ...
+        log.warning("headers of a message cannot be read: %s", type(error).__name__)
+        return {}, offset + 4 + int(struct.unpack_from(">I", encoded, offset)[0])
+    return table
+
+
+pika.data.decode_table = _table
 
 
 def parameters(url: str, name: str) -> Any:

@@ -257,12 +257,12 @@ class RabbitSource:
 
     def _on_message(self, _channel: Channel, method: Any, properties: Any, body: bytes) -> None:
         self._open[method.delivery_tag] = False
-        client = method.routing_key.rsplit(".", 1)[-1]
+        client = text(method.routing_key).rsplit(".", 1)[-1]
         tag = (self._epoch, method.delivery_tag)
         headers, is_part = properties.headers or {}, properties.type == PART
         crc32 = headers.get(HEADER_CRC32)
         delivery = Delivery(
-            body, client, properties.user_id, properties.message_id or "", tag, HEADER_REPLAYED in headers, is_part,
+            body, client, properties.user_id, text(properties.message_id), tag, HEADER_REPLAYED in headers, is_part,
             crc32 if isinstance(crc32, int) else None,
         )  # fmt: skip
         with self._changed:
@@ -360,6 +360,14 @@ class RabbitSource:
         self._dead.clear()
         self._waiting.clear()
         self._given_up = False
+
+
+def text(value: str | bytes | None) -> str:
+    """Return a short string of AMQP as text: pika leaves it bytes where it is none.
+
+    What is not UTF-8 becomes question marks, which no id of ours has; it gets no longer, so that it can be sent on.
+    """
+    return value.decode(errors="replace").replace("\ufffd", "?") if isinstance(value, bytes) else value or ""
 
 
 def queue_depths(url: str, job: str, timeout_s: float) -> dict[str, int]:

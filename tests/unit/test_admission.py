@@ -32,7 +32,7 @@ BROKEN = {
     Reason.FORMAT: (spoiled(format=2), "format 2"),
     Reason.JOB: (spoiled(job="other"), "'other'"),
     Reason.CLIENT: (spoiled(client="b", update_id="b/i/0"), "under the key of 'a'"),
-    Reason.LAYOUT: (spoiled(layout="0" * 64), "layout 000000000000"),
+    Reason.LAYOUT: (spoiled(layout="0" * 64), "layout '000000000000'"),
     Reason.BASE_VERSION: (spoiled(base_version=99), "base_version 99 was never published; newest is"),
     Reason.NUM_SAMPLES: (spoiled(num_samples=0), "num_samples must be a whole number from 1"),
     Reason.CHECKSUM: (spoiled(checksum=1), "the message says 1"),
