@@ -47,7 +47,7 @@ def take_out() -> None:
         setattr(owner, name, replacement)
 
 
-def _unchecked(record: Any, proven: bool) -> bytes:
+def _unchecked(record: Any) -> bytes:
     payload: bytes = record["payload"]
     return payload
 
