@@ -14,15 +14,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
-
 from aggregator.account import APPLIED
 from aggregator.aggregator import Aggregator
 from aggregator.recorder import Record, read, read_again
 from ops.rollback import OUTCOME, roll_back
 from shared import choices
 from shared.clock import VirtualClock
-from shared.config import AggregatorSettings
+from shared.config import AggregatorSettings, GivenAggregatorSettings
 from shared.errors import FedMQError, Reason, RejectedUpdate, SettingsError, VersionGone
 from shared.layout import Layout
 from shared.messages import Part, decode
@@ -171,22 +169,6 @@ class Bodies:
         if all(message.digest != digest for message in known):
             facts = (update.base_version, update.num_samples)
             known.append(Message(record.place, len(record.body), facts, update.part, digest))
-
-
-class JobSettings(AggregatorSettings):
-    """A job's settings as they were announced: not those of this environment."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what is given and nothing else."""
-        return (init_settings,)
 
 
 class Bench(InProcessStore):
@@ -385,7 +367,7 @@ class Replay:
         return stored
 
 
-def settings_of(job: str, announced: Mapping[str, Any]) -> JobSettings:
+def settings_of(job: str, announced: Mapping[str, Any]) -> GivenAggregatorSettings:
     """Return a job's settings for recomputing it: its arithmetic, no limits, commits only where they are asked for.
 
     Args:
@@ -401,7 +383,7 @@ def settings_of(job: str, announced: Mapping[str, Any]) -> JobSettings:
     optional = {name for spec in RULES.values() for name in spec.uses}
     given = {name: announced[name] for name in ARITHMETIC if name in announced}
     given = {name: value for name, value in given.items() if name in uses or name not in optional}
-    return JobSettings(
+    return GivenAggregatorSettings(
         **given, job=job, prefetch=65535, commit_interval_s=NEVER_S, commit_age_max_s=NEVER_S, versions_kept=2,
         message_bytes_max=512 * 2**20, update_bytes_max=64 * 2**30, parts_bytes_max=2**60, parts_age_max_s=NEVER_S,
     )  # fmt: skip

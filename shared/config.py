@@ -10,7 +10,7 @@ import re
 import socket
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -96,6 +96,7 @@ class Settings(BaseSettings):
     """What every program needs."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, env_ignore_empty=True)
+    reads_environment: ClassVar[bool] = True
 
     broker_url: str = Field("amqp://guest:guest@127.0.0.1:5672/fedmq", description="RabbitMQ, amqp:// or amqps://")
     store_url: str = Field("redis://127.0.0.1:6379/0", description="Redis, redis:// or rediss://")
@@ -121,6 +122,8 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, environment, then the TOML file."""
+        if not cls.reads_environment:
+            return (init_settings,)
         return init_settings, env_settings, _TomlFile(settings_cls)
 
 
@@ -240,6 +243,12 @@ class AggregatorSettings(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+
+class GivenAggregatorSettings(AggregatorSettings):
+    """An aggregator's settings from what is given alone: a simulation or a replay depends on no environment."""
+
+    reads_environment: ClassVar[bool] = False
 
 
 def _unused(settings: AggregatorSettings, rule: str) -> list[str]:

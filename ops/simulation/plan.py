@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from ops.simulation.attacks import ATTACKS, parse_attack
 from ops.simulation.availability import Availability
@@ -16,7 +15,7 @@ from ops.simulation.network import Network
 from ops.simulation.speeds import Speeds
 from shared.choices import parse
 from shared.compression import AUTO
-from shared.config import AggregatorSettings, parse_pairs
+from shared.config import AggregatorSettings, GivenAggregatorSettings, parse_pairs
 from shared.errors import SettingsError
 from shared.rules import RULE_TABLE, RULES
 from worker.task import BUILT_IN
@@ -25,27 +24,12 @@ CONCURRENCY = 100  # clients at work at once, where there are more: of a large f
 JOB = "simulation"
 NOT_SIMULATED = {  # settings of an aggregator that mean nothing without servers
     "broker_url", "store_url", "job", "wait_s", "metrics_port", "log_level", "durable", "init_model", "prefetch",
-    "commit_interval_s", "commit_age_max_s",
+    "commit_interval_s", "commit_age_max_s", "store_replicas", "record_dir", "record_bytes_max", "queue_bytes_max",
+    "queue_updates_max", "dead_bytes_max", "dead_age_max_s",
 }  # fmt: skip
 FIXED = {  # what they are: a version is committed at once; bodies that wait for their commit do not fill the memory
     "job": JOB, "commit_interval_s": 0.0, "commit_age_max_s": 1e9, "prefetch": 32,
 }  # fmt: skip
-
-
-class SimulatedAggregator(AggregatorSettings):
-    """An aggregator's settings from what is given alone: a simulation does not depend on the environment."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is given."""
-        return (init_settings,)
 
 
 def _attack(value: str) -> str:
@@ -114,7 +98,7 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     fleet: Fleet
-    aggregator: SimulatedAggregator
+    aggregator: GivenAggregatorSettings
 
     @property
     def rule(self) -> str:
@@ -169,7 +153,7 @@ def plan_of(given: Mapping[str, Any], where: str = "") -> Plan:
     rule = str(rest.get("rule", "")).partition("(")[0].strip()
     if fleet is not None and rule in RULES and "clients" in RULES[rule].uses:
         rest["clients"] = fleet.clients
-    aggregator, more = _checked(SimulatedAggregator, FIXED | rest)
+    aggregator, more = _checked(GivenAggregatorSettings, FIXED | rest)
     problems += more
     if fleet is not None:
         problems += _fleet_problems(fleet)
@@ -232,7 +216,7 @@ def network_of(fleet: Fleet, devices: int) -> Network:
     )  # fmt: skip
 
 
-def _together(fleet: Fleet, aggregator: SimulatedAggregator) -> list[str]:
+def _together(fleet: Fleet, aggregator: GivenAggregatorSettings) -> list[str]:
     """Say what of a fleet and a rule does not go together."""
     problems, rule = [], parse(aggregator.rule, RULE_TABLE).name
     size = aggregator.buffer_size if "buffer_size" in RULES[rule].uses else 1
