@@ -103,7 +103,7 @@ def start_job(store: StateStore, initial: ModelImage | None, job: str, clock: Cl
         if not said:
             log.warning(
                 "job %s has no model yet: run `fedmq models init TASK --job %s` where torch is installed, or give me "
-                "FEDMQ_INIT_MODEL; waiting", job, job,
+                "FEDMQ_INIT_MODEL - or, if it had one, `fedmq restore FILE`; waiting", job, job,
             )  # fmt: skip
             said = True
         clock.wait(stop, 0.5)

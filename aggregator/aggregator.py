@@ -23,6 +23,7 @@ from shared.errors import (
     Reason,
     RejectedUpdate,
     SettingsError,
+    StoreUnavailable,
     Unavailable,
     VersionConflict,
 )
@@ -34,6 +35,7 @@ from shared.transport.ports import Delivery, UpdateSource
 log = logging.getLogger("fedmq.aggregator")
 
 KEPT_BYTES_MAX = 64 * 2**20  # of records that changed: a commit is due, so that memory does not grow with the workers
+NOT_STORED = -1  # revision of a state that went another way than the store
 RETRY_S = (0.1, 5.0)  # first and longest wait after a store did not answer
 ANNOUNCED = (  # the settings a worker, or `fedmq replay`, needs to know
     "rule", "buffer_size", "server_lr", "alpha", "staleness", "staleness_max", "weight_by_samples", "codec",
@@ -72,7 +74,10 @@ class Aggregator:
         self._advanced = False
         self.problem: str | None = None
         self._downlink = Downlink(settings, store)
-        self.state = self._adopt(self._load())
+        stored = store.load()
+        if stored is None:
+            raise SettingsError(f"job {settings.job!r} has no model yet")
+        self.state = self._adopt(stored)
 
     def step(self) -> bool:
         """Receive a delivery, settle it, commit if due; tell whether there was work.
@@ -186,7 +191,7 @@ class Aggregator:
             with self.metrics.commit.time():
                 self._store.commit(commit)
         except VersionConflict as error:
-            log.warning("another aggregator committed (%s): reloading", error)
+            log.warning("another aggregator, a rollback or a restore committed (%s): reloading", error)
             self._reload()
             return
         except Unavailable:
@@ -252,7 +257,7 @@ class Aggregator:
         """
         head = self._store.head()
         if head is None:
-            raise SettingsError(f"job {self.settings.job!r} vanished from the store; restore it and start again")
+            raise self._gone()
         self.metrics.version.set(head.version)
         if reload and head.revision != self.state.revision:
             log.info("taking over at revision %d, version %d", head.revision, head.version)
@@ -265,16 +270,26 @@ class Aggregator:
         return head is not None and head.revision != self.state.revision
 
     def _reload(self) -> None:
-        """Go back to what is stored and have the rest delivered again."""
-        self._held = None
+        """Go back to what is stored and have the rest delivered again.
+
+        Raises:
+            StoreUnavailable: it cannot be read now; the next delivery has it read.
+        """
+        self._held, self.state.revision = None, NOT_STORED
+        self._forget_pending()
         self._source.recover()
         self.state = self._adopt(self._load())
 
     def _load(self) -> Stored:
         stored = self._store.load()
         if stored is None:
-            raise SettingsError(f"job {self.settings.job!r} has no model yet")
+            raise self._gone()
         return stored
+
+    def _gone(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"job {self.settings.job!r} is gone from the store: `fedmq restore FILE` brings a backup back"
+        )
 
     def _adopt(self, stored: Stored) -> State:
         """Take over a stored state; an open buffer of another kind is refused."""

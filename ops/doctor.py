@@ -74,7 +74,9 @@ def _clock(store: RedisStore) -> str:
 def _job(store: RedisStore, job: str) -> str:
     head = store.head()
     if head is None:
-        raise SettingsError(f"job {job!r} has no model: `fedmq models init TASK --job {job}`")
+        raise SettingsError(
+            f"job {job!r} has no model: `fedmq models init TASK --job {job}`, or, if it had one, `fedmq restore FILE`"
+        )
     return f"version {head.version}, {head.num_params:,} parameters"
 
 

@@ -31,7 +31,11 @@ def show(settings: Settings) -> None:
     except (Unavailable, SettingsError) as error:
         depths = str(error)
     if head is None:
-        console.print(f"job {settings.job}: no model yet. Run `fedmq models init TASK --job {settings.job}`.")
+        console.print(
+            f"job {settings.job}: no model yet. Run `fedmq models init TASK --job {settings.job}`, "
+            "or, if it had one, `fedmq restore FILE`.",
+            soft_wrap=True,
+        )
         return
     facts = store.status()
     version, metrics = store.newest_evaluation()

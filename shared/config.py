@@ -130,7 +130,12 @@ class Settings(BaseSettings):
 class AggregatorSettings(Settings):
     """The aggregator's settings; from `init_model` on they are the job's own."""
 
-    prefetch: int = Field(1024, ge=1, le=65535, description="deliveries held unacked; half of them force a commit")
+    prefetch: int = Field(
+        1024,
+        ge=1,
+        le=65535,
+        description="deliveries held unacked; at three quarters a commit is made, whatever the buffer holds",
+    )
     commit_interval_s: float = Field(0.5, ge=0, description="least seconds between two commits of new versions")
     commit_age_max_s: float = Field(30.0, gt=0, description="longest an accepted update waits to be durable, seconds")
     durable: bool = Field(True, description="refuse a Redis that may forget acknowledged writes")

@@ -709,11 +709,24 @@ def test_a_job_without_a_model_is_refused():
         )  # fmt: skip
 
 
-def test_a_job_that_vanished_from_the_store_ends_the_loop():
-    system = System()
-    system.aggregator._store = InProcessStore()
-    with pytest.raises(SettingsError, match="vanished"):
-        system.aggregator.step()
+@pytest.mark.parametrize("uncommitted", [False, True])
+def test_a_job_that_vanished_from_the_store_is_waited_for(uncommitted):
+    """Somebody restores it; what came before and meanwhile is applied once."""
+    system = System(buffer_size=2, server_lr=2.0, staleness="constant")
+    system.publish(weights(1))
+    if uncommitted:
+        system.drain()
+    whole, system.aggregator._store = system.store, InProcessStore()
+    system.publish(weights(2), base_version=0)
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="`fedmq restore FILE` brings a backup back"):
+            system.aggregator.step()
+    system.aggregator._store = whole
+    system.drain()
+    system.aggregator.finish()
+    assert [outcome for _, outcome in system.outcomes()] == ["applied", "applied"]
+    np.testing.assert_allclose(system.weights, weights(1) + weights(2), rtol=1e-6)
+    assert system.unacked == 0
 
 
 def test_the_start_state_is_the_given_model():
