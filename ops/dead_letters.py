@@ -172,6 +172,11 @@ def time_of(letter: Letter) -> float | None:
     return float(created) if isinstance(created, int | float) and 0 <= created < 1e11 else None
 
 
+COLUMNS = ("#", "reason", "client", "update", "codec", "base", "bytes", "rejected", "detail")
+NARROW = ("#", "reason", "update", "bytes", "detail")  # one line a letter; `show` has the rest
+WIDE = 120  # characters
+
+
 def list_letters(settings: Settings, reason: str | None, client: str | None, limit: int) -> None:
     """Print a table of the dead letters, and how many there are of each reason.
 
@@ -186,17 +191,22 @@ def list_letters(settings: Settings, reason: str | None, client: str | None, lim
     """
     log_to_stderr("error")
     selection = select((), False, reason, client, None)
+    console = Console()
+    columns = COLUMNS if console.width >= WIDE else NARROW
     table = Table(title=f"dead letters of job {settings.job}", title_justify="left")
-    for column in ("#", "reason", "client", "update", "codec", "base", "bytes", "rejected", "detail"):
-        table.add_column(column, justify="right" if column in ("#", "base", "bytes") else "left", overflow="fold")
+    for column in columns:
+        whole = column != "detail" or columns is COLUMNS
+        table.add_column(
+            column, justify="right" if column in ("#", "base", "bytes") else "left", no_wrap=columns is NARROW,
+            overflow="fold" if whole else "ellipsis",
+        )  # fmt: skip
     counts: Counter[str] = Counter()
     with DeadLetters(settings.broker_url, settings.job) as box:
         for letter in box.letters():
             if selection.fits(letter, time.time()):
                 counts[letter.reason] += 1
                 if counts.total() <= limit:
-                    table.add_row(*_row(letter))
-    console = Console()
+                    table.add_row(*(_row(letter)[COLUMNS.index(column)] for column in columns))
     if not counts:
         console.print(
             f"job {settings.job} has no dead letters{'' if box.count == 0 else f' like that, of {box.count}'}"
