@@ -21,6 +21,7 @@ from shared.transport.names import VHOST
 
 START_S_MAX = 90.0  # Erlang on a busy Raspberry Pi takes its time
 STOP_S_MAX = 15.0
+MAPPER_S_MAX = 5.0  # for the port mapper to hear that its node is gone
 _PLACES = "/usr/lib/rabbitmq/bin:/usr/local/sbin:/opt/homebrew/sbin:/opt/homebrew/opt/rabbitmq/sbin:/usr/sbin"
 
 REDIS_OPTIONS = {"appendonly": "yes", "appendfsync": "always", "save": "", "daemonize": "no"}
@@ -185,10 +186,17 @@ class PrivateServers:
 
 
 def stop_port_mapper(rabbitmq: PrivateServer) -> None:
-    """End the Erlang port mapper that the node started beside itself; it listens on a port of its own."""
+    """End the Erlang port mapper that the node started beside itself; it listens on a port of its own.
+
+    It refuses while it knows of a node, and hears of a killed one a moment later.
+    """
     epmd = shutil.which("epmd")
-    if epmd:
-        subprocess.run([epmd, "-kill"], env=os.environ | rabbitmq.environment, capture_output=True, check=False)
+    deadline = time.monotonic() + MAPPER_S_MAX
+    while epmd and time.monotonic() < deadline:
+        done = subprocess.run([epmd, "-kill"], env=os.environ | rabbitmq.environment, capture_output=True, check=False)
+        if b"living nodes" not in done.stdout + done.stderr:
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
