@@ -203,7 +203,7 @@ class Aggregator:
     def _open_commit(self, moved: bool, dropped: list[int]) -> Commit:
         """Return everything since the last commit."""
         state = self.state
-        arrays = (*self._rule.arrays, *(self._rule.sums if state.buffer else ()))
+        arrays = self._arrays()
         changed = arrays if state.arrays_changed else tuple(name for name in arrays if name not in state.stored_arrays)
         return Commit(
             expected_revision=state.revision,
@@ -226,13 +226,17 @@ class Aggregator:
             refused=dict(state.refused_now),
         )
 
+    def _arrays(self) -> tuple[str, ...]:
+        """Return the names of the vectors that go with the state: the buffer's only while it holds something."""
+        return (*self._rule.arrays, *(self._rule.sums if self.state.buffer else ()))
+
     def _committed(self, moved: bool, dropped: list[int]) -> None:
         """Note in memory what is durable now."""
         state = self.state
         state.revision += 1
         state.kept.committed()
         state.refused_now, state.arrays_changed = {}, False
-        state.stored_arrays = (*self._rule.arrays, *(self._rule.sums if state.buffer else ()))
+        state.stored_arrays = self._arrays()
         while len(state.refused) > REFUSED_IDS_MAX:
             del state.refused[next(iter(state.refused))]
         if moved:

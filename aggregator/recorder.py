@@ -27,6 +27,7 @@ from typing import BinaryIO
 import msgpack
 
 from shared.errors import Reason, SettingsError, Unavailable
+from shared.sync import sync_folder
 from shared.transport.ports import Delivery, UpdateSource
 
 log = logging.getLogger("fedmq.recorder")
@@ -159,7 +160,7 @@ class Recorder:
         if self._file is None:
             file = self._new_file(self._make_room(more) + 1)
             self._size = file.write(msgpack.packb([*FORMAT, self._job]))
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             self._file = file
         return self._file
 
@@ -290,14 +291,6 @@ def _record_at(data: mmap.mmap, start: int, name: str) -> tuple[Record | None, i
     if not sound:
         return Record(str(update_id), str(client), None, b"", place, "its bytes are not those that were written"), end
     return Record(update_id, client, user_id, body, place), end
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 __all__ = ["Record", "Recorder", "read", "read_again"]

@@ -22,6 +22,7 @@ import msgpack
 
 from shared.errors import SettingsError
 from shared.store.redis_backup import Entry, Piece
+from shared.sync import sync_folder
 
 FORMAT = 1
 BEGIN, END = b"FEDMQ BACKUP\n", b"FEDMQ END\n"
@@ -77,7 +78,7 @@ def write(path: Path, header: Header, records: Records, force: bool) -> int:
             size_bytes = file.tell()
         check_free(path, force)
         temporary.replace(path)
-        _sync_names(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise SettingsError(f"the backup cannot be written to {path}: {error.strerror or error}") from error
     finally:
@@ -205,12 +206,3 @@ def _sha256(file: IO[bytes], size: int) -> bytes:
         digest.update(data)
         size -= len(data)
     return digest.digest()
-
-
-def _sync_names(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

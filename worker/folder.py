@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from shared.errors import SettingsError
+from shared.sync import sync_folder
 
 TEMPORARY = ".new"
 
@@ -103,13 +104,8 @@ class Folder:
 
     def _sync_names(self) -> None:
         """Make renames and removals so far survive a power cut."""
-        if not self._sync:
-            return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if self._sync:
+            sync_folder(self.path)
 
     def _take_lock(self) -> IO[str]:
         lock = (self.path / "lock").open("a")

@@ -223,38 +223,23 @@ def store_torn(strike: Strike) -> None:
 def connections_cut(strike: Strike) -> None:
     """Close connections and take no new ones for a while."""
     reset = strike.chance(0.5)
-    proxies = _some(strike)
-    for _, proxy in proxies:
-        proxy.cut(reset)
-    strike.hold(0, 3)
-    _heal(strike, proxies)
+    _on_connections(strike, lambda proxy: proxy.cut(reset), 0, 3)
 
 
 def connections_slow(strike: Strike) -> None:
     """Let connections be slow: latency, and few bytes a second."""
-    proxies = _some(strike)
-    for _, proxy in proxies:
-        proxy.slow(float(strike.rng.uniform(0.01, 0.1)), float(strike.rng.uniform(1e6, 1e7)))
-    strike.hold(1.5, 4)
-    _heal(strike, proxies)
+    rng = strike.rng
+    _on_connections(strike, lambda p: p.slow(float(rng.uniform(0.01, 0.1)), float(rng.uniform(1e6, 1e7))), 1.5, 4)
 
 
 def connections_stalled(strike: Strike) -> None:
     """Hold every byte for a while, as a partition does."""
-    proxies = _some(strike)
-    for _, proxy in proxies:
-        proxy.stall()
-    strike.hold(0.5, 6)
-    _heal(strike, proxies)
+    _on_connections(strike, Proxy.stall, 0.5, 6)
 
 
 def connections_half_open(strike: Strike) -> None:
     """Swallow every byte of the present connections for ever; new ones are served after a while."""
-    proxies = _some(strike)
-    for _, proxy in proxies:
-        proxy.half_open()
-    strike.hold(0, 2)
-    _heal(strike, proxies)
+    _on_connections(strike, Proxy.half_open, 0, 2)
 
 
 def broker_memory_alarm(strike: Strike) -> None:
@@ -362,7 +347,12 @@ def _some(strike: Strike) -> list[tuple[str, Proxy]]:
     return [(name, strike.rig.proxies[name, server]) for name in chosen[0] for server in chosen[1]]
 
 
-def _heal(strike: Strike, proxies: list[tuple[str, Proxy]]) -> None:
+def _on_connections(strike: Strike, toxic: Callable[[Proxy], None], least_s: float, most_s: float) -> None:
+    """Do something to some connections for a while."""
+    proxies = _some(strike)
+    for _, proxy in proxies:
+        toxic(proxy)
+    strike.hold(least_s, most_s)
     for _, proxy in proxies:
         proxy.heal()
     rig = strike.rig

@@ -271,6 +271,20 @@ def test_what_a_letter_says_is_shown_as_it_is_and_moves_no_cursor(letters, box):
     assert "104 bytes" in letters("show", "1")
 
 
+def test_a_letter_is_one_line_in_a_narrow_terminal(box, environment, tmp_path):
+    box(3, "not_finite", "phone-with-a-name")
+    done = subprocess.run(
+        [FEDMQ, "deadletters", "list"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
+        env=environment | {"COLUMNS": "80"}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len(lines) == 3
+    for number, line in enumerate(lines):
+        assert "not_finite" in line
+        assert f"phone-with-a-name/i/{number}" in line
+        assert len(line) <= 80
+
+
 def test_letters_are_dropped_as_they_are_chosen(letters, box, servers, job):
     box(3, "codec", "a")
     box(3, "surplus", "b", age_s=8 * 86_400)
