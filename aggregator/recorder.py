@@ -159,8 +159,13 @@ class Recorder:
             self._end_segment()
         if self._file is None:
             file = self._new_file(self._make_room(more) + 1)
-            self._size = file.write(msgpack.packb([*FORMAT, self._job]))
-            sync_folder(self._folder)
+            try:
+                self._size = file.write(msgpack.packb([*FORMAT, self._job]))
+                sync_folder(self._folder)
+            except OSError:  # each try would leave a file behind
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+                raise
             self._file = file
         return self._file
 

@@ -95,7 +95,8 @@ def command(settings: Settings, records: Path, wanted: Wanted) -> None:
     finally:
         if table.row_count:
             Console().print(table)
-    print(f"from version {start}: {updates} updates applied again, {equal} versions compared, all equal")
+    verdict = f"{equal} versions compared, all equal" if equal else "no hash was left to compare with"
+    print(f"from version {start}: {updates} updates applied again, {verdict}")
     if wanted.out is not None:
         print(f"wrote the recomputed version {until} to {wanted.out}")
 

@@ -59,7 +59,10 @@ return found
 # msgpack list of [stage key, name, ttl in ms or -1], the head last.
 _INSTALL = """
 local old = redis.call('HMGET', KEYS[1], 'revision', 'version', 'token')
-if old[3] == ARGV[2] then return 'done ' .. old[1] end
+if old[3] == ARGV[2] then
+  redis.call('HSET', KEYS[1], 'token', old[3])  -- a write for WAIT and WAITAOF to wait for, as in a commit
+  return 'done ' .. old[1]
+end
 local staged, present = cmsgpack.unpack(ARGV[7]), {}
 for _, key in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
   if string.sub(key, #ARGV[1] + 1, #ARGV[1] + 6) ~= 'stage:' then present[#present + 1] = key end
@@ -207,10 +210,12 @@ class RedisArchive(RedisStore):
         with self._redis.pipeline(transaction=True) as pipe:  # a key has its expiry from the first piece on
             for entry, pieces in records:
                 key = prefix + entry.name
-                for index, piece in enumerate(pieces):
-                    for command in _commands(key, entry.kind, piece, index == 0):
+                offset = 0
+                for piece in pieces:
+                    for command in _commands(key, entry.kind, piece, offset):
                         pipe.execute_command(*command)
                     pipe.expire(key, STAGE_SECONDS)
+                    offset += len(piece)
                     waiting_bytes += len(piece) if isinstance(piece, bytes) else len(msgpack.packb(piece))
                     if waiting_bytes >= STAGE_BYTES or len(pipe) >= STAGE_COMMANDS:
                         self._flush(pipe)
@@ -320,10 +325,10 @@ class FrozenJob:
             count = max(1, min(PAGE_MAX, PIECE_BYTES * len(page) // max(1, page_bytes)))
 
 
-def _commands(key: str, kind: str, piece: Any, is_first: bool) -> Iterator[list[Any]]:
-    """Yield the commands that add a piece of a value to a key."""
+def _commands(key: str, kind: str, piece: Any, offset: int) -> Iterator[list[Any]]:
+    """Yield the commands that put a piece of a value in its place; of a string it may be sent twice."""
     if kind == "string":
-        yield ["SET" if is_first else "APPEND", key, piece]
+        yield ["SETRANGE", key, offset, piece] if offset else ["SET", key, piece]
     elif kind == "hash" and piece:
         yield ["HSET", key, *piece]
     elif kind == "zset":
