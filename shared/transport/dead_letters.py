@@ -196,12 +196,16 @@ class DeadLetters:
                 for window in self._windows:
                     window.channel.basic_cancel(window.consumer)
                     self._settle(window)
-                for window in self._windows:  # one after the other: in this order they go back
-                    window.channel.close()
-            held = sum(window.received - len(window.removed) for window in self._windows)
             deadline = time.monotonic() + BACK_S_MAX
-            while self._windows and self._ready() < held and time.monotonic() < deadline:
-                time.sleep(0.01)
+            back = self._ready() if self._windows else 0
+            # One after the other, each only when those before it stand in the queue: a channel's letters go back when its
+            # process has ended, which is some time after RabbitMQ said that the channel is closed.
+            for window in self._windows:
+                with self._translated():
+                    window.channel.close()
+                back += window.received - len(window.removed)
+                while self._ready() < back and time.monotonic() < deadline:
+                    time.sleep(0.002)
         finally:
             self._disconnect()
 
