@@ -6,6 +6,7 @@ from shared.compression import Decoded, codec_of
 from shared.errors import Reason, RejectedUpdate
 from shared.layout import Layout
 from shared.messages import ENVELOPE_BYTES_MAX, Update, decode
+from shared.transport.names import device_login
 from shared.transport.ports import Delivery
 
 
@@ -42,7 +43,7 @@ def admit(delivery: Delivery, admission: Admission, committed_version: int) -> U
         raise RejectedUpdate(Reason.JOB, f"the message says job {update.job!r}, this is {admission.job!r}")
     if update.client != delivery.client:
         raise RejectedUpdate(Reason.CLIENT, f"client {update.client!r} published under the key of {delivery.client!r}")
-    if delivery.user_id is not None and delivery.user_id != update.client:
+    if delivery.user_id not in (None, update.client, device_login(update.job, update.client)):
         raise RejectedUpdate(Reason.CLIENT, f"client {update.client!r} is logged in as {delivery.user_id!r}")
     if delivery.update_id and delivery.update_id != update.update_id:
         raise RejectedUpdate(

@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, TypeVar
 
@@ -39,7 +40,13 @@ def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[
         with exit_codes():
             run(load(kind, flags))
 
-    parameters = [setting_option(field, info) for field, info in kind.model_fields.items()]
+    config = typer.Option("--config", help="TOML file with settings, e.g. a device's; FEDMQ_CONFIG")
+    parameters = [
+        inspect.Parameter(
+            "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
+        )
+    ]
+    parameters += [setting_option(field, info) for field, info in kind.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, help=help_text)(command)

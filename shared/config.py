@@ -7,15 +7,19 @@ import difflib
 import json
 import os
 import re
+import shlex
 import socket
+import stat
 import tomllib
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from shared import choices
+from shared import choices, hours, tls
 from shared.compression import canonical, downlink_codec
 from shared.errors import SettingsError
 from shared.messages import ENVELOPE_BYTES_MAX, ID, PART_BYTES, PART_BYTES_MIN
@@ -31,8 +35,10 @@ from shared.rules import (
     robust_problems,
     rule_problems,
 )
+from shared.urls import hide_password
 
 PREFIX = "FEDMQ_"
+SECRET = re.compile(r"://[^/\s\"']*:[^/\s\"']+@|PRIVATE KEY")  # a URL with a password, a key
 OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; compose; the benchmark task's size
     "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD", "FEDMQ_NOISE_PARAMS",
 }  # fmt: skip
@@ -63,6 +69,29 @@ def _downlink(value: str) -> str:
     return value.strip() if codec is None or value.strip() == "on" else codec.name
 
 
+def _hours(value: str) -> str:
+    hours.parse(value)
+    return value.strip()
+
+
+def _command(value: str) -> str:
+    shlex.split(value)  # a quotation that does not end
+    return value.strip()
+
+
+def _rate(value: int) -> int:
+    if value and value < RATE_MIN:
+        raise ValueError(f"must be 0, which is no limit, or at least {RATE_MIN} bytes per second")
+    return value
+
+
+def _textfile(value: Path | None) -> Path | None:
+    if value is not None and value.suffix != ".prom":
+        raise ValueError("must end in .prom: collectors read no others")
+    return value
+
+
+RATE_MIN = 1024
 ADAPTIVE_NAMES = frozenset(ADAPTIVE)
 Identifier = Annotated[str, AfterValidator(_identifier)]
 
@@ -102,8 +131,21 @@ class Settings(BaseSettings):
     store_url: str = Field("redis://127.0.0.1:6379/0", description="Redis, redis:// or rediss://")
     job: Identifier = Field("default", description="the job's id")
     wait_s: float = Field(0.0, ge=0, description="how long to wait at start for servers that do not answer, seconds")
+    tls_ca: str = Field("", description="authority that signed the servers' certificates: a PEM file, or its text")
+    tls_cert: str = Field("", description="this program's own certificate, where servers ask for one; file or text")
+    tls_key: str = Field("", description="its key; file or text")
     metrics_port: int = Field(0, ge=0, le=65535, description="serve /metrics and /healthz here; 0: do not")
+    metrics_cert: str = Field("", description="serve them over TLS with this certificate: a PEM file, or its text")
+    metrics_key: str = Field("", description="its key; file or text")
+    metrics_push_url: str = Field(
+        "", description="push metrics to this Pushgateway, http(s)://login:password@host:9091"
+    )
+    metrics_push_s: float = Field(30.0, gt=0, description="how often to push metrics and to write the file, seconds")
+    metrics_file: Annotated[Path | None, AfterValidator(_textfile)] = Field(
+        None, description="write metrics to this .prom file, for a textfile collector"
+    )
     log_level: str = Field("info", description="debug, info, warning or error")
+    log_format: Literal["text", "json"] = Field("text", description="text, or json: one object a line")
 
     @field_validator("log_level")
     @classmethod
@@ -198,6 +240,15 @@ class AggregatorSettings(Settings):
         "float32", description="what whole models are sent to workers as; bfloat16 rounds the weights they start from"
     )
     versions_kept: int = Field(5, ge=1, description="newest model versions kept readable")
+    versions_age_max_s: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="versions beyond those stay until they are so old, seconds; 0: go at once",
+    )
+    versions_every: int = Field(
+        0, ge=0, description="of each so many versions the first that was committed stays for good; 0: none does"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -281,6 +332,21 @@ class WorkerSettings(Settings):
     pause_s: float = Field(0.0, ge=0, description="rest between two trainings, seconds")
     updates_max: int = Field(0, ge=0, description="stop after so many updates; 0: never")
     seed: int = Field(0, ge=0, description="seed of everything random in this worker, together with its id")
+    hours: Annotated[str, AfterValidator(_hours)] = Field(
+        "", description="train only then, local time: 22-6, mon-fri 1:30-5,sat-sun 0-24; empty: always"
+    )
+    ready_command: Annotated[str, AfterValidator(_command)] = Field(
+        "", description="run before each training, without a shell: exit code 0 trains, another waits a minute"
+    )
+    uplink_bytes_per_s: Annotated[int, AfterValidator(_rate)] = Field(
+        0, description="publish no faster than this; 0: as fast as it goes"
+    )
+    downlink_bytes_per_s: Annotated[int, AfterValidator(_rate)] = Field(
+        0, description="pull models no faster than this; 0: as fast as it goes"
+    )
+    disk_free_min_bytes: int = Field(
+        64 * 2**20, ge=0, description="room on the disk of the outbox that stays free: with less, training pauses"
+    )
 
     @field_validator("task_settings", mode="before")
     @classmethod
@@ -296,6 +362,7 @@ class EvaluatorSettings(Settings):
         default_factory=dict, description="for the task, as a=1,b=2 or JSON"
     )
     poll_s: float = Field(0.5, gt=0, description="how often to look for a newer version, seconds")
+    tensorboard_dir: Path | None = Field(None, description="also write TensorBoard's event files into this folder")
 
     @field_validator("task_settings", mode="before")
     @classmethod
@@ -303,7 +370,14 @@ class EvaluatorSettings(Settings):
         return parse_pairs(value)
 
 
-ALL_SETTINGS: tuple[type[Settings], ...] = (AggregatorSettings, WorkerSettings, EvaluatorSettings)
+class ExporterSettings(Settings):
+    """The exporter's settings: one for a whole installation."""
+
+    refresh_s: float = Field(5.0, gt=0, description="how often to read the store, seconds; all clients at each third")
+    silent_s: float = Field(86_400.0, gt=0, description="an enrolled device unheard for so long is silent, seconds")
+
+
+ALL_SETTINGS: tuple[type[Settings], ...] = (AggregatorSettings, WorkerSettings, EvaluatorSettings, ExporterSettings)
 KNOWN = {name for settings in ALL_SETTINGS for name in settings.model_fields}
 
 S = TypeVar("S", bound=Settings)
@@ -320,16 +394,61 @@ def load(kind: type[S], flags: dict[str, Any] | None = None) -> S:
         SettingsError: every problem found, one a line.
     """
     problems = [_unknown(name) for name in os.environ if _is_unknown(name)]
+    flags = dict(flags or {})
+    if config := flags.pop("config", None):
+        use_file(Path(config))
     try:
         problems += [f"{_file()}: {_unknown(key)}" for key in _read_toml() if _plain(key) not in KNOWN]
-        given = {name: value for name, value in (flags or {}).items() if value is not None}
+        given = {name: value for name, value in flags.items() if value is not None}
         settings = kind(**given)
+        changed, tls_problems = _with_tls(settings)
+        problems += tls_problems
+        settings = settings.model_copy(update=changed)
     except ValidationError as error:
         problems += readable(error, kind)
         settings = None
     if problems or settings is None:
         raise SettingsError("\n  ".join(["these settings need a change:", *problems]) if problems else "settings")
     return settings
+
+
+_chosen_file: ContextVar[Path | None] = ContextVar("config", default=None)
+
+
+def use_file(path: Path | None) -> None:
+    """Read settings from this TOML file, as `--config` says, instead of the one that FEDMQ_CONFIG names."""
+    _chosen_file.set(path)
+
+
+def _with_tls(settings: Settings) -> tuple[dict[str, str], list[str]]:
+    """Return the settings that certificates change - the URLs name their files - and what is wrong with them."""
+    changed: dict[str, str] = {}
+    problems: list[str] = []
+    files: dict[str, str] = {}
+    for name in ("tls_ca", "tls_cert", "tls_key", "metrics_cert", "metrics_key"):
+        text = getattr(settings, name)
+        if not text:
+            continue
+        try:
+            path = tls.as_file(text, name)
+        except (OSError, ValueError) as error:
+            problems.append(f"{PREFIX}{name.upper()}: {error}")
+            continue
+        if name.startswith("tls_"):
+            files[f"{name.removeprefix('tls_')}_file"] = path
+        else:
+            changed[name] = path
+    for name in ("broker_url", "store_url"):
+        url = getattr(settings, name)
+        if files and name in settings.model_fields_set and urlsplit(url).scheme in ("amqp", "redis"):
+            problems.append(
+                f"{PREFIX}{name.upper()}={hide_password(url)}: certificates are given, but this is without TLS and "
+                f"would send the password in the clear: write {urlsplit(url).scheme}s://"
+            )
+        changed[name] = tls.with_files(url, files)
+    if bool(settings.metrics_cert) != bool(settings.metrics_key):
+        problems.append("FEDMQ_METRICS_CERT and FEDMQ_METRICS_KEY go together: give both")
+    return changed, problems
 
 
 def parse_pairs(given: Any) -> Any:
@@ -360,7 +479,7 @@ class _TomlFile(PydanticBaseSettingsSource):
 
 def _file() -> Path | None:
     path = os.environ.get("FEDMQ_CONFIG")
-    return Path(path) if path else None
+    return _chosen_file.get() or (Path(path) if path else None)
 
 
 def _read_toml() -> dict[str, Any]:
@@ -368,7 +487,14 @@ def _read_toml() -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_text()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if SECRET.search(text) and mode & 0o077:
+            raise SettingsError(
+                f"FEDMQ_CONFIG {path} holds a password or a key and others can read it (mode {mode:04o}): "
+                f"chmod 600 {path}"
+            )
+        return tomllib.loads(text)
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
 

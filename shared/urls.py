@@ -17,4 +17,5 @@ def hide_password(url: str) -> str:
     head, at, tail = url.rpartition("@")
     scheme, slashes, login = head.partition("://")
     shown = f"{scheme}{slashes}{login.split(':')[0]}:***{at}{tail}" if at else url
+    shown = re.sub(r"(?<=[?&])(?:ca_file|cert_file|key_file)=[^&]*&?", "", shown).rstrip("?&")
     return re.sub(r"([?&]password=)[^&]*", r"\1***", shown)

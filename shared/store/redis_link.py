@@ -1,6 +1,7 @@
 """The connection to Redis: its timeouts, and redis-py's errors as ours."""
 
 import contextlib
+import ssl
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,7 +10,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.retry import Retry
 
-from shared import keepalive
+from shared import keepalive, tls
 from shared.errors import SettingsError, StoreUnavailable
 from shared.urls import check_port, hide_password
 
@@ -27,9 +28,11 @@ def connect(url: str, answer_s_max: float) -> Any:
         if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
             raise ValueError("expected redis://:password@host:6379/0")
         check_port(url)
+        plain, files = tls.without_files(url)
         client = redis.Redis.from_url(
-            url, socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max, socket_read_size=READ_BYTES,
-            socket_keepalive=True, socket_keepalive_options=keepalive.numbered(),
+            plain, **_certificates(plain, files), socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max,
+            socket_read_size=READ_BYTES, socket_keepalive=True,
+            socket_keepalive_options=keepalive.numbered(),
             protocol=2,  # no client name, no PING: a login that may only read has neither
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
         )  # fmt: skip
@@ -37,6 +40,15 @@ def connect(url: str, answer_s_max: float) -> Any:
         return client
     except (ValueError, TypeError) as error:
         raise SettingsError(f"FEDMQ_STORE_URL {hide_password(url)!r} is no Redis URL: {error}") from error
+
+
+def _certificates(url: str, files: dict[str, str]) -> dict[str, Any]:
+    """Return redis-py's arguments for TLS; it trusts the system's authorities besides `ca_file`."""
+    if urlsplit(url).scheme != "rediss":
+        return {}
+    tls.client_context(files)  # says which file is wrong; redis-py would only when it connects
+    names = {"ca_file": "ssl_ca_certs", "cert_file": "ssl_certfile", "key_file": "ssl_keyfile"}
+    return {names[name]: path for name, path in files.items()} | {"ssl_min_version": ssl.TLSVersion.TLSv1_2}
 
 
 @contextlib.contextmanager
@@ -53,4 +65,14 @@ def translated(url: str) -> Iterator[None]:
     except (redis.RedisError, OSError) as error:
         if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
             raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
-        raise StoreUnavailable(f"Redis at {hide_password(url)}: {error}") from error
+        raise _unavailable(error, url) from error
+
+
+def _unavailable(error: Exception, url: str) -> StoreUnavailable:
+    """Say whether it cannot be reached at all, and what to do."""
+    shown, mend = hide_password(url), tls.hint(error)
+    if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
+        cause = next((e for e in (error.__cause__, error.__context__) if isinstance(e, OSError) and e.strerror), error)
+        reason = getattr(cause, "strerror", None) or str(error)
+        return StoreUnavailable(f"cannot reach Redis at {shown} (FEDMQ_STORE_URL): {reason}{mend and '; ' + mend}")
+    return StoreUnavailable(f"Redis at {shown}: {error}")

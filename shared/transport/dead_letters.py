@@ -198,8 +198,8 @@ class DeadLetters:
                     self._settle(window)
             deadline = time.monotonic() + BACK_S_MAX
             back = self._ready() if self._windows else 0
-            # One after the other, each only when those before it stand in the queue: a channel's letters go back when its
-            # process has ended, which is some time after RabbitMQ said that the channel is closed.
+            # One after the other, each only when those before it stand in the queue: a channel's letters go back when
+            # its process has ended, which is some time after RabbitMQ said that the channel is closed.
             for window in self._windows:
                 with self._translated():
                     window.channel.close()

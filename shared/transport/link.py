@@ -23,7 +23,7 @@ import pika.data
 import pika.exceptions
 from tenacity import Retrying, sleep_using_event, stop_when_event_set, wait_random_exponential
 
-from shared import keepalive
+from shared import keepalive, tls
 from shared.errors import BrokerUnavailable, FedMQError, SettingsError
 from shared.transport.names import VHOST
 from shared.urls import check_port, hide_password
@@ -77,7 +77,10 @@ def parameters(url: str, name: str) -> Any:
         if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
             raise ValueError("expected amqp://login:password@host:5672/fedmq")
         check_port(url)
-        parsed = pika.URLParameters(url)
+        plain, files = tls.without_files(url)
+        parsed = pika.URLParameters(plain)
+        if parts.scheme == "amqps":
+            parsed.ssl_options = pika.SSLOptions(tls.client_context(files), parts.hostname)
     except (ValueError, TypeError, AttributeError) as error:
         raise SettingsError(f"FEDMQ_BROKER_URL {hide_password(url)!r} is no AMQP URL: {error}") from error
     if not parts.path.strip("/"):
@@ -308,14 +311,18 @@ def explain(error: Exception, url: str) -> FedMQError:
         if code in (403, 530):
             return SettingsError(f"RabbitMQ at {shown} refuses: {code} {text}")
         return BrokerUnavailable(f"RabbitMQ at {shown}: {code} {text}")
-    return BrokerUnavailable(f"cannot reach RabbitMQ at {shown}: {_root_cause(error)}")
+    cause = _root_cause(error)
+    mend = tls.hint(cause)
+    return BrokerUnavailable(
+        f"cannot reach RabbitMQ at {shown}: {str(cause) or type(cause).__name__}{mend and '; ' + mend}"
+    )
 
 
-def _root_cause(error: Any) -> str:
+def _root_cause(error: Any) -> Exception:
     """Dig the operating system's own error out of pika's nested ones."""
     while True:
         nested = getattr(error, "exceptions", None) or [getattr(error, "exception", None)]
         inner = nested[-1] or (error.args[0] if error.args and isinstance(error.args[0], Exception) else None)
         if not isinstance(inner, Exception):
-            return str(error) or type(error).__name__
+            return error  # type: ignore[no-any-return]
         error = inner

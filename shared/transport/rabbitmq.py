@@ -6,7 +6,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import pika.exceptions
 
 from shared.errors import BrokerUnavailable, PublishRefused, PublishUnconfirmed, Reason, SettingsError
 from shared.messages import CONTENT_TYPE
+from shared.transport import topology
 from shared.transport.link import Channel, Link, Step, parameters
 from shared.transport.names import (
     DEAD_EXCHANGE,
@@ -25,10 +25,12 @@ from shared.transport.names import (
     HEADER_REPLAYED,
     PART,
     dead_queue,
+    device_login,
     queue,
     routing_key,
 )
 from shared.transport.ports import Delivery, Outgoing
+from shared.transport.topology import QueueLimits
 
 log = logging.getLogger("fedmq.broker")
 
@@ -38,23 +40,6 @@ PAUSE_S = 0.2
 DETAIL_CHARS_MAX = 1000  # an AMQP header
 BACKOFF_S_MAX = 4.0  # between two attempts of an aggregator to connect: there are only one or two
 BURY_S_MAX = 3.0  # how long `close` waits for dead letters to be confirmed
-
-
-@dataclass(frozen=True, slots=True)
-class QueueLimits:
-    """What the queues of a job may hold.
-
-    Attributes:
-        bytes_max: of updates; beyond, publishers are refused and keep theirs.
-        updates_max: the same as a number of messages.
-        dead_bytes_max: of dead letters; the oldest go.
-        dead_age_max_s: so long a dead letter is kept, seconds.
-    """
-
-    bytes_max: int = 8 * 2**30
-    updates_max: int = 1_000_000
-    dead_bytes_max: int = 2**30
-    dead_age_max_s: float = 2_592_000.0
 
 
 class RabbitSink:
@@ -95,7 +80,7 @@ class RabbitSink:
             message_id=message.update_id,
             timestamp=int(time.time()),
             type=PART if message.is_part else "update",
-            user_id=self._login if self._login == message.client else None,
+            user_id=self._login if self._login in (message.client, device_login(message.job, message.client)) else None,
             headers=None if message.crc32 is None else {HEADER_CRC32: message.crc32},
         )
         self._sequence += 1
@@ -156,7 +141,6 @@ class RabbitSource:
         self._inbox_bytes = 0
         self._full = False
         self._epoch = 0
-        self._passive: set[str] = set()  # queues that exist with other arguments: used as they are
         self._stale_epoch = -1  # of a connection given up by `recover`
         self._open: OrderedDict[int, bool] = OrderedDict()  # tag -> acked out of order; owner thread only, as the rest
         self._dead: dict[int, int] = {}  # publish sequence on the dead-letter channel -> delivery tag
@@ -216,34 +200,16 @@ class RabbitSource:
 
     def _prepare(self, channel: Channel) -> list[Step]:
         self._channel = channel
-        updates, dead, binding = queue(self._job), dead_queue(self._job), routing_key(self._job, "*")
-        quorum: dict[str, Any] = {"x-queue-type": "quorum"}
-        limits = self._limits
-        served: dict[str, Any] = {
-            "x-single-active-consumer": True, "x-dead-letter-exchange": DEAD_EXCHANGE, "x-overflow": "reject-publish",
-            "x-max-length-bytes": limits.bytes_max, "x-max-length": limits.updates_max,
-        }  # fmt: skip
-        kept = {"x-max-length-bytes": limits.dead_bytes_max, "x-message-ttl": int(1000 * limits.dead_age_max_s)}
-        major = self.link.server_version().split(".")[0]
-        if major.isdigit() and int(major) >= 4:  # 4.0 drops after 20 returns: restarts must not burn good updates
-            served["x-delivery-limit"] = -1
-            quorum = quorum | {"x-delivery-limit": -1}
 
         def open_dead_channel(callback: Any) -> None:
             self._channel.connection.channel(on_open_callback=partial(self._on_dead_channel, callback))
 
         def consume(callback: Any) -> None:
             channel.add_on_cancel_callback(lambda _frame: self.link.reconnect("the queue was deleted"))
-            channel.basic_consume(updates, self._on_message, callback=callback)
+            channel.basic_consume(queue(self._job), self._on_message, callback=callback)
 
-        declare = partial(channel.queue_declare, durable=True)
         return [
-            partial(channel.exchange_declare, EXCHANGE, "topic", durable=True),
-            partial(channel.exchange_declare, DEAD_EXCHANGE, "topic", durable=True),
-            partial(declare, dead, passive=dead in self._passive, arguments=quorum | kept),
-            partial(channel.queue_bind, dead, DEAD_EXCHANGE, binding),
-            partial(declare, updates, passive=updates in self._passive, arguments=quorum | served),
-            partial(channel.queue_bind, updates, EXCHANGE, binding),
+            *topology.steps(channel, self._job, self._limits, self.link.server_version()),
             partial(channel.basic_qos, prefetch_count=self._prefetch),
             open_dead_channel,
             consume,
@@ -342,15 +308,7 @@ class RabbitSource:
         self._settle(self._epoch, sorted(safe & self._waiting))
         self._waiting -= safe
 
-    def _on_down(self, problem: Exception) -> None:
-        for name in (queue(self._job), dead_queue(self._job)):
-            if f"'{name}'" not in str(problem):
-                continue
-            if ": 406 " in str(problem) and name not in self._passive:
-                log.warning("%s: using the queue as it is", problem)
-                self._passive.add(name)
-            elif ": 404 " in str(problem):  # it is gone meanwhile: declared anew
-                self._passive.discard(name)
+    def _on_down(self, _problem: Exception) -> None:
         with self._changed:
             self._epoch += 1
             self._inbox.clear()

@@ -28,7 +28,8 @@ from shared.messages import CONTENT_TYPE
 from shared.transport.link import parameters
 from shared.transport.names import DEAD_EXCHANGE, EXCHANGE, HEADER_REPLAYED, VHOST, dead_queue, queue, routing_key
 from shared.transport.ports import Delivery, Outgoing
-from shared.transport.rabbitmq import INBOX_BYTES_MAX, QueueLimits, RabbitSink, RabbitSource, queue_depths
+from shared.transport.rabbitmq import INBOX_BYTES_MAX, RabbitSink, RabbitSource, queue_depths
+from shared.transport.topology import QueueLimits
 from shared.urls import hide_password
 from tests.contract.brokers import (
     Rabbit,
