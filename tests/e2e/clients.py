@@ -1,4 +1,4 @@
-"""The contract client of the README, run by the tests as it stands there."""
+"""The contract client of ops/guides/contract.md, run by the tests as it stands there."""
 
 import os
 import subprocess

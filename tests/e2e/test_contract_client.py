@@ -1,4 +1,4 @@
-"""A client that knows only the README's contract page: raw pika and msgpack in, plain redis and safetensors out."""
+"""A client that knows only the page of the contract: raw pika and msgpack in, plain redis and safetensors out."""
 
 import json
 import re
@@ -37,10 +37,10 @@ def test_ten_updates_of_a_foreign_client_make_exactly_the_new_model(servers, job
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-7)
 
 
-def test_the_client_in_the_readme_is_the_one_that_was_tested():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert RAW_CLIENT.strip() in [block.strip() for block in blocks], "README's contract client differs from RAW_CLIENT"
+def test_the_client_in_the_guide_is_the_one_that_was_tested():
+    guide = (Path(__file__).parents[2] / "ops" / "guides" / "contract.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.S)
+    assert RAW_CLIENT.strip() in [block.strip() for block in blocks], "the guide's contract client differs from RAW_CLIENT"
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", b"\x81\xa6format\x01", b"\xc1" * 1000])
