@@ -2,13 +2,21 @@
 # make test     install what the tests need - servers too - and run them all
 # make check    what CI runs: lint, types, tests
 # make bench    the tables of the README
+#
+# make up       start the servers of docker-compose.yml; make up DEMO=1 with workers; make down stops them, data stay
+# make secrets  make the secrets that are missing, renew certificates that end soon; `make up` does it too
+# make roll     restart the aggregators one after the other: updates go on being applied
+# make device NAME=phone   enrol a device and put its file here: phone.toml, mode 0600
+# make password            of Grafana's login admin
 
 PYTHON ?= python3
 TASK ?= digits
 BIN := .venv/bin
 VENV := .venv/installed
 
-.PHONY: demo test check lint bench servers clean
+COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+.PHONY: demo test check lint bench servers clean up down secrets roll device password
 
 demo: $(VENV)
 	$(BIN)/fedmq demo --task $(TASK)
@@ -25,6 +33,27 @@ lint: $(VENV)
 
 bench: $(VENV) servers
 	$(BIN)/fedmq bench
+
+up:
+	$(if $(DEMO),COMPOSE_PROFILES=demo) $(COMPOSE) up -d --build
+
+down:
+	COMPOSE_PROFILES=demo,port443,tools $(COMPOSE) down
+
+secrets:
+	$(COMPOSE) run --rm secrets
+
+roll:
+	@bash ops/docker/roll $(COMPOSE)
+
+device:
+	@test -n "$(NAME)" || { echo "make device NAME=..."; exit 2; }
+	$(COMPOSE) run --rm operator fedmq devices enroll $(NAME)
+	@(umask 077; set -C; $(COMPOSE) run --rm -T operator cat $(NAME).toml >$(NAME).toml)
+	@echo "$(NAME).toml is all that the device needs: bring it there by a safe way, then remove it here"
+
+password:
+	@$(COMPOSE) exec grafana cat /run/fedmq/admin_password; echo
 
 servers:
 	@bash ops/install_servers.sh

@@ -1,21 +1,25 @@
 """`python -m aggregator`: the aggregator as a program; `fedmq aggregator` is the same."""
 
 import logging
+import socket
 import threading
 
 import typer
 
 from aggregator.aggregator import Aggregator
 from aggregator.recorder import Recorder
+from shared import metrics_push, supported
 from shared.clock import Clock, SystemClock
-from shared.command import log_to_stderr, settings_command, stop_on_signals, wait_for_servers
+from shared.command import settings_command, stop_on_signals, wait_for_servers
 from shared.config import AggregatorSettings
 from shared.errors import SettingsError, Unavailable
-from shared.metrics import AggregatorMetrics, serve
+from shared.logs import log_to_stderr
+from shared.metrics import AggregatorMetrics, of_job, serve
 from shared.model_image import ModelImage
 from shared.store.ports import StateStore
 from shared.store.redis import RedisStore
-from shared.transport.rabbitmq import QueueLimits, RabbitSource
+from shared.transport.rabbitmq import RabbitSource
+from shared.transport.topology import QueueLimits
 
 log = logging.getLogger("fedmq.aggregator")
 
@@ -27,7 +31,7 @@ HELP = "Consume updates, average them, store model versions. A second one on the
 
 def run(settings: AggregatorSettings) -> None:
     """Run until SIGTERM."""
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, job=settings.job)
     stop = threading.Event()
     stop_on_signals(stop)
     clock, metrics = SystemClock(), AggregatorMetrics()
@@ -42,7 +46,14 @@ def run(settings: AggregatorSettings) -> None:
         idle_s = clock.monotonic() - aggregator.stepped_at
         return aggregator.problem or (f"no step for {idle_s:.0f} s" if idle_s > STUCK_S else None) or _broker(source)
 
-    stop_serving = serve(metrics.registry, settings.metrics_port, health)
+    stop_serving = serve(
+        of_job(metrics.registry, settings.job),
+        settings.metrics_port,
+        health,
+        settings.metrics_cert,
+        settings.metrics_key,
+    )
+    stop_pushing = metrics_push.start(metrics.registry, settings, "aggregator", socket.gethostname())
     store = RedisStore(settings.store_url, settings.job, settings.durable, settings.store_replicas)
     wait_for_servers(lambda: log.info("Redis %s, commits durable", store.check()), settings.wait_s, stop)
     limits = QueueLimits(
@@ -51,7 +62,8 @@ def run(settings: AggregatorSettings) -> None:
     source = RabbitSource(settings.broker_url, settings.job, settings.prefetch, limits)
     try:
         wait_for_servers(lambda: source.link.wait_ready(CONNECT_S), settings.wait_s, stop)
-        log.info("RabbitMQ %s, queue of job %s", source.link.server_version(), settings.job)
+        version = supported.check("RabbitMQ", source.link.server_version())
+        log.info("RabbitMQ %s, queue of job %s", version, settings.job)
         waiting = f"waiting for version 0 of job {settings.job!r}"
         if not start_job(store, initial, settings.job, clock, stop):
             return
@@ -76,6 +88,7 @@ def run(settings: AggregatorSettings) -> None:
         source.close()
         store.close()
         stop_serving()
+        stop_pushing()
 
 
 def start_job(store: StateStore, initial: ModelImage | None, job: str, clock: Clock, stop: threading.Event) -> bool:

@@ -12,6 +12,9 @@ from shared.errors import Reason, RejectedUpdate
 from shared.messages import UPDATE_ID, Update
 from shared.metrics import AggregatorMetrics
 
+CLOCK_S_MAX = 60.0  # a device's clock may be so far ahead of ours
+LATENCY_S_MAX = 90 * 86_400.0  # longer than any outbox waits
+
 APPLIED, DUPLICATE, STALE, REJECTED = "applied", "duplicate", "stale", "rejected"
 
 
@@ -23,6 +26,7 @@ class Account:
     clients: dict[str, str] = field(default_factory=dict)
     outcomes: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     created_at: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # L2, of those applied updates whose norm was measured
 
     def settle(
         self, update: Update, size: int, outcome: str, staleness: int, weight: float, version: int, now: float
@@ -96,7 +100,11 @@ class Account:
             elif entry["outcome"] == APPLIED:
                 metrics.staleness.observe(entry["staleness"])
         for created_at in self.created_at:
-            metrics.latency.observe(max(0.0, now - created_at))
+            latency_s = now - created_at
+            if -CLOCK_S_MAX <= latency_s <= LATENCY_S_MAX:  # else it says how wrong the device's clock is
+                metrics.latency.observe(max(0.0, latency_s))
+        for norm in self.norms:
+            metrics.norm.observe(norm)
 
     def meta(self) -> dict[str, str]:
         """Return facts about the versions these entries made."""

@@ -16,6 +16,7 @@ from typing import Any
 from aggregator.account import APPLIED, Account
 from aggregator.downlink import Downlink
 from aggregator.intake import Intake
+from aggregator.retention import droppable
 from aggregator.state import State, forget_old_ids, from_stored, open_buffer_kind, rule_of_state, small_part
 from shared.clock import Clock
 from shared.config import AggregatorSettings
@@ -73,6 +74,7 @@ class Aggregator:
         self._pending_since = self._committed_at = self.stepped_at = clock.monotonic()
         self._advanced = False
         self.problem: str | None = None
+        metrics.begin(settings.job)
         self._downlink = Downlink(settings, store)
         stored = store.load()
         if stored is None:
@@ -113,6 +115,7 @@ class Aggregator:
                 self.problem, self._retry_s = None, RETRY_S[0]
             except Unavailable as error:
                 self.problem = str(error)
+                self.metrics.store_failures.inc()
                 log.warning("%s; going on when it answers", error)
                 self._clock.wait(self.stop, self._retry_s)
                 self._retry_s = min(RETRY_S[1], 2 * self._retry_s)
@@ -143,6 +146,7 @@ class Aggregator:
         if grown and self._rule.advance(self.state):
             self.state.buffer_since, self._advanced = 0.0, True
             forget_old_ids(self.state, self._floor())
+        self.metrics.buffered.set(len(self.state.buffer))
 
     @property
     def _uncommitted(self) -> bool:
@@ -198,7 +202,7 @@ class Aggregator:
             state.totals, self._in_doubt = before, True
             raise
         self._source.ack(self._pending)
-        self._committed(moved, dropped)
+        self._committed(moved)
 
     def _open_commit(self, moved: bool, dropped: list[int]) -> Commit:
         """Return everything since the last commit."""
@@ -230,7 +234,7 @@ class Aggregator:
         """Return the names of the vectors that go with the state: the buffer's only while it holds something."""
         return (*self._rule.arrays, *(self._rule.sums if self.state.buffer else ()))
 
-    def _committed(self, moved: bool, dropped: list[int]) -> None:
+    def _committed(self, moved: bool) -> None:
         """Note in memory what is durable now."""
         state = self.state
         state.revision += 1
@@ -242,10 +246,12 @@ class Aggregator:
         if moved:
             state.committed_version = state.version
             self._downlink.committed(self.metrics)
-            state.versions = [v for v in state.versions if v not in dropped] + [state.version]
         self._account.observe(self.metrics, self.settings.job, self._clock.now())
         self.metrics.version.set(state.version)
         self.metrics.buffered.set(len(state.buffer))
+        self.metrics.commits.inc()
+        self.metrics.committed_at.set(self._clock.now())
+        self.metrics.serving.set(1)
         self._forget_pending()
         self._committed_at = self._clock.monotonic()
 
@@ -263,6 +269,8 @@ class Aggregator:
         if head is None:
             raise self._gone()
         self.metrics.version.set(head.version)
+        if head.revision != self.state.revision:
+            self.metrics.serving.set(0)
         if reload and head.revision != self.state.revision:
             log.info("taking over at revision %d, version %d", head.revision, head.version)
             self.state = self._adopt(self._load())
@@ -325,6 +333,7 @@ class Aggregator:
             )
         self._intake.begin(state.model.layout)
         self.metrics.version.set(state.version)
+        self.metrics.parameters.set(state.model.layout.num_params)
         self.metrics.buffered.set(len(state.buffer))
         return state
 
@@ -333,11 +342,17 @@ class Aggregator:
         return max(0, self.state.floor, self.state.version - self.settings.staleness_max)
 
     def _versions_to_drop(self) -> list[int]:
-        """Return the stored versions nobody needs: all but the newest few, and those the rule asks for."""
-        state, needs = self.state, self._rule.needs
-        newest = state.versions[-(self.settings.versions_kept - 1) :] if self.settings.versions_kept > 1 else []
-        asked = [v for v in state.versions if (needs.base and v >= self._floor()) or (needs.start and v == 0)]
-        return [v for v in state.versions if v not in newest and v not in asked]
+        """Return the stored versions nobody needs; the store itself keeps one that is given a tag meanwhile.
+
+        Raises:
+            StoreUnavailable: nothing was committed.
+        """
+        settings, needs, floor = self.settings, self._rule.needs, self._floor()
+        older = [entry for entry in self._store.versions() if entry.version < self.state.version]
+        return droppable(
+            older, settings.versions_kept - 1, settings.versions_age_max_s, settings.versions_every,
+            lambda v: (needs.base and v >= floor) or (needs.start and v == 0), self._clock.now(),
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """Return what a worker needs to know of the job."""

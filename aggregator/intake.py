@@ -4,7 +4,6 @@ Everything here happens in memory; only a commit makes it final. The first outco
 comes again under the id of an applied or refused one is a duplicate.
 """
 
-import logging
 import math
 from collections import OrderedDict
 
@@ -12,6 +11,8 @@ from aggregator import partial
 from aggregator.account import APPLIED, DUPLICATE, STALE, Account
 from aggregator.admission import Admission, admit, delta_of
 from aggregator.arrival import Arrival
+from aggregator.norm_sample import NormSample
+from aggregator.reject_log import RejectLog
 from aggregator.robust import guards_of
 from aggregator.rules import rule_of
 from aggregator.staleness import parse_staleness
@@ -27,8 +28,6 @@ from shared.rules import RULE_TABLE, RULES
 from shared.store.ports import StateStore
 from shared.transport.ports import Delivery
 from shared.vector import Vector
-
-log = logging.getLogger("fedmq.aggregator")
 
 BASES_HELD = 2  # base versions FedAsync keeps at hand, each of model size
 
@@ -46,6 +45,8 @@ class Intake:
         self.rule = rule_of(settings)
         self._settings, self._store, self._clock = settings, store, clock
         self._guards = guards_of(settings)
+        self._said = RejectLog()
+        self._norms = NormSample()
         weighed = "staleness" in RULES[parse(settings.rule, RULE_TABLE).name].uses
         self._weight = parse_staleness(settings.staleness if weighed else "constant")
         self._bases: OrderedDict[int, Vector] = OrderedDict()
@@ -90,7 +91,9 @@ class Intake:
             if whole is None:
                 return False
             update, size = whole
-            weight = self._apply(state, update, delta_of(update, self._admission), staleness)
+            delta = delta_of(update, self._admission)
+            weight = self._apply(state, update, delta, staleness)
+            account.norms += self._norms.of(delta)
             partial.drop(state, update.client, update.update_id)
         now = self._clock.now()
         account.settle(update, size, outcome, staleness, weight, state.version, now)
@@ -101,7 +104,7 @@ class Intake:
 
     def reject(self, state: State, account: Account, client: str, update_id: str, error: RejectedUpdate) -> None:
         """Note a rejection; it is the update's outcome unless that had one, or somebody else may have sent it."""
-        log.warning("rejected an update of %s: %s", client, error)
+        self._said.note(client, error, self._clock.monotonic())
         known = update_id in state.applied or update_id in state.refused
         if account.reject(client, update_id, error, state.version, self._clock.now(), known):
             state.refuse(update_id, str(error.reason))
@@ -110,6 +113,7 @@ class Intake:
     def give_up_abandoned(self, state: State, account: Account) -> None:
         """Reject updates of which no part came for too long."""
         age_max_s, now_s = self._settings.parts_age_max_s, self._clock.monotonic()
+        self._said.tell(now_s)
         if now_s <= self._look_s:  # to look at thousands in every step would cost more than the step
             return
         for client in partial.abandoned(state, age_max_s, now_s):

@@ -97,7 +97,6 @@ class State:
         partial: client -> its update of which some parts are here; their payload is in `kept`.
         floor: updates with a base_version below it are refused for good: their ids may have been forgotten. It
             never sinks, also when staleness_max is raised.
-        versions: versions whose weights the store holds, ascending.
         totals: outcome -> number of updates, over the job's whole life.
     """
 
@@ -117,7 +116,6 @@ class State:
     refused_now: dict[str, str] = field(default_factory=dict)
     partial: dict[str, Partial] = field(default_factory=dict)
     floor: int = 0
-    versions: list[int] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -168,7 +166,6 @@ def from_stored(
         refused=stored.refused,
         partial={client: Partial.read(record) for client, record in small["partial"].items()},
         floor=small["floor"],
-        versions=stored.versions,
         totals=small["totals"],
     )
 

@@ -8,17 +8,29 @@ import typer
 
 from aggregator.__main__ import HELP as AGGREGATOR_HELP
 from aggregator.__main__ import run as run_aggregator
+from ops.cli_devices import devices_app, secrets_app
+from ops.cli_models import models_app
 from shared.command import exit_codes, setting_option, settings_command
-from shared.config import AggregatorSettings, EvaluatorSettings, Settings, WorkerSettings, load
+from shared.config import (
+    AggregatorSettings,
+    EvaluatorSettings,
+    ExporterSettings,
+    Settings,
+    WorkerSettings,
+    load,
+    use_file,
+)
 from worker.__main__ import HELP as WORKER_HELP
 from worker.__main__ import run as run_worker
+from worker.check import run as check_worker
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Asynchronous federated learning over RabbitMQ and Redis.",
 )  # fmt: skip
-models_app = typer.Typer(no_args_is_help=True, help="The versions of a job's model.")
 app.add_typer(models_app, name="models")
+app.add_typer(devices_app, name="devices")
+app.add_typer(secrets_app, name="secrets")
 codecs_app = typer.Typer(invoke_without_command=True, help="How updates can be compressed.")
 app.add_typer(codecs_app, name="codecs")
 bench_app = typer.Typer(invoke_without_command=True, help="Measurements beside their limits and their peers.")
@@ -33,6 +45,17 @@ app.add_typer(simulate_app, name="simulate")
 StoreUrl = Annotated[str | None, typer.Option(help="Redis URL; FEDMQ_STORE_URL")]
 BrokerUrl = Annotated[str | None, typer.Option(help="RabbitMQ URL; FEDMQ_BROKER_URL")]
 Job = Annotated[str | None, typer.Option(help="the job's id; FEDMQ_JOB")]
+
+
+@app.callback()
+def settings_file(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings, before the command; FEDMQ_CONFIG")
+    ] = None,
+) -> None:
+    """Asynchronous federated learning over RabbitMQ and Redis."""
+    if config is not None:
+        use_file(config)
 
 
 @app.command()
@@ -63,13 +86,25 @@ def demo(
 
 
 settings_command(app, "aggregator", AggregatorSettings, run_aggregator, AGGREGATOR_HELP)
-settings_command(app, "worker", WorkerSettings, run_worker, WORKER_HELP)
+settings_command(app, "worker", WorkerSettings, run_worker, WORKER_HELP, check_worker)
 
 
 def _run_evaluator(settings: EvaluatorSettings) -> None:
     from ops.evaluator import run
 
     run(settings)
+
+
+def _run_exporter(settings: ExporterSettings) -> None:
+    from ops.exporter import run
+
+    run(settings)
+
+
+settings_command(
+    app, "exporter", ExporterSettings, _run_exporter,
+    "Show a whole installation to Prometheus: every job, its fleet, durability, certificates, the audit log.",
+)  # fmt: skip
 
 
 settings_command(
@@ -79,12 +114,23 @@ settings_command(
 
 
 @app.command()
-def status(job: Job = None, broker_url: BrokerUrl = None, store_url: StoreUrl = None) -> None:
+def status(
+    job: Job = None,
+    broker_url: BrokerUrl = None,
+    store_url: StoreUrl = None,
+    watch: Annotated[bool, typer.Option("--watch", help="stay, and show it anew until Ctrl-C")] = False,
+    every_s: Annotated[float, typer.Option(help="with --watch: how often, seconds", min=0.2)] = 2.0,
+) -> None:
     """Show where a job stands, and why nothing moves if nothing does."""
     with exit_codes():
         from ops.status import show
+        from ops.status_watch import watch as stay
 
-        show(load(Settings, {"job": job, "broker_url": broker_url, "store_url": store_url}))
+        settings = load(Settings, {"job": job, "broker_url": broker_url, "store_url": store_url})
+        if watch:
+            stay(settings, every_s)
+        else:
+            show(settings)
 
 
 @app.command()
@@ -314,69 +360,6 @@ def codecs_try(
         from ops.codecs import try_task
 
         try_task(task, task_settings, codec or [], seed, out)
-
-
-@models_app.command("init")
-def models_init(
-    task: Annotated[str, typer.Argument(help="digits, mnist or a file")],
-    job: Job = None,
-    store_url: StoreUrl = None,
-    out: Annotated[Path | None, typer.Option(help="write a safetensors file instead of version 0")] = None,
-) -> None:
-    """Build a task's model and store it as version 0 of a job."""
-    with exit_codes():
-        from ops.models import init
-
-        init(load(EvaluatorSettings, {"job": job, "store_url": store_url, "task": task}), out)
-
-
-@models_app.command("list")
-def models_list(job: Job = None, store_url: StoreUrl = None) -> None:
-    """List the stored versions."""
-    with exit_codes():
-        from ops.models import list_versions
-
-        list_versions(load(Settings, {"job": job, "store_url": store_url}))
-
-
-@models_app.command("show")
-def models_show(
-    version: Annotated[str, typer.Argument(help="a version, or newest")] = "newest",
-    job: Job = None,
-    store_url: StoreUrl = None,
-) -> None:
-    """Show what is known of a version, and its tensors."""
-    with exit_codes():
-        from ops.models import show
-
-        show(load(Settings, {"job": job, "store_url": store_url}), version)
-
-
-@models_app.command("export")
-def models_export(
-    out: Annotated[Path, typer.Argument(help="safetensors file to write")],
-    version: Annotated[str, typer.Option(help="a version, or newest")] = "newest",
-    job: Job = None,
-    store_url: StoreUrl = None,
-) -> None:
-    """Write a version as a safetensors file."""
-    with exit_codes():
-        from ops.models import export
-
-        export(load(Settings, {"job": job, "store_url": store_url}), version, out)
-
-
-@models_app.command("rollback")
-def models_rollback(
-    version: Annotated[str, typer.Argument(help="a stored version, or a tag")],
-    job: Job = None,
-    store_url: StoreUrl = None,
-) -> None:
-    """Make an old version the newest: a new version with its weights, everything after it undone."""
-    with exit_codes():
-        from ops.rollback import command
-
-        command(load(AggregatorSettings, {"job": job, "store_url": store_url}), version)
 
 
 @app.command()

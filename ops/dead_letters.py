@@ -3,12 +3,14 @@
 Everything shown here may have been sent by anybody: it is printed without control characters and never as markup.
 """
 
+import calendar
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.command import log_to_stderr
 from shared.config import Settings
 from shared.errors import BrokerUnavailable, PublishRefused, Reason, SettingsError
+from shared.logs import log_to_stderr
 from shared.messages import unpacked
 from shared.transport.dead_letters import DeadLetters, Letter
 
@@ -165,13 +167,22 @@ def advice_on(reason: str) -> str:
 
 
 def time_of(letter: Letter) -> float | None:
-    """Return when a letter was rejected, else when its update was made; unix seconds."""
-    if letter.rejected_at is not None:
+    """Return when a letter was rejected, else when its update was made; unix seconds.
+
+    What the broker moved by itself carries its device's own time: then the broker's counts.
+    """
+    deaths = letter.headers.get("x-death")
+    if letter.reason.startswith(BROKER) and isinstance(deaths, list) and deaths and isinstance(deaths[0], dict):
+        moved = deaths[0].get("time")
+        if isinstance(moved, datetime):
+            return float(calendar.timegm(moved.utctimetuple()))
+    if letter.rejected_at is not None and 0 <= letter.rejected_at < TIME_S_MAX:
         return float(letter.rejected_at)
     created = (envelope_of(letter.body) or {}).get("created_at")
-    return float(created) if isinstance(created, int | float) and 0 <= created < 1e11 else None
+    return float(created) if isinstance(created, int | float) and 0 <= created < TIME_S_MAX else None
 
 
+TIME_S_MAX = 1e11  # a date beyond the year 5000 is none; and no calendar has the largest that AMQP can carry
 COLUMNS = ("#", "reason", "client", "update", "codec", "base", "bytes", "rejected", "detail")
 NARROW = ("#", "reason", "update", "bytes", "detail")  # one line a letter; `show` has the rest
 WIDE = 120  # characters
@@ -189,7 +200,7 @@ def list_letters(settings: Settings, reason: str | None, client: str | None, lim
         client: only those of this one.
         limit: rows, the oldest letters first.
     """
-    log_to_stderr("error")
+    log_to_stderr("error", settings.log_format)
     selection = select((), False, reason, client, None)
     console = Console()
     columns = COLUMNS if console.width >= WIDE else NARROW
@@ -229,7 +240,7 @@ def show(settings: Settings, name: str, out: Path | None) -> None:
     Raises:
         SettingsError: there is no such letter, or several while `out` wants one.
     """
-    log_to_stderr("error")
+    log_to_stderr("error", settings.log_format)
     chosen = _chosen(settings, Selection(ids=(name,)))
     if out is not None and chosen.total() > 1:
         raise SettingsError(f"{chosen.total()} letters are {name!r}: give the number of one from `deadletters list`")
@@ -258,7 +269,7 @@ def replay(settings: Settings, selection: Selection, dry_run: bool) -> None:
         PublishRefused: the queue takes no more; the rest stays.
         BrokerUnavailable: the connection was lost; what was not confirmed stays.
     """
-    log_to_stderr("error")
+    log_to_stderr("error", settings.log_format)
     _refuse_empty(selection, "replay")
     sent, skipped = 0, Counter[str]()
 
@@ -294,7 +305,7 @@ def drop(settings: Settings, selection: Selection, yes: bool) -> None:
     Raises:
         SettingsError: nothing is selected, there is no such letter, or nobody is there to be asked.
     """
-    log_to_stderr("error")
+    log_to_stderr("error", settings.log_format)
     _refuse_empty(selection, "drop")
     chosen = _chosen(settings, selection)
     count = chosen.total()
@@ -324,7 +335,10 @@ def plain(text: object, chars_max: int = VALUE_CHARS_MAX) -> str:
 
 def _refuse_empty(selection: Selection, command: str) -> None:
     if selection.empty:
-        raise SettingsError(f"say which letters to {command}: ids, --all, --reason or --client; see `deadletters list`")
+        older = ", --older-than" * (command == "drop")
+        raise SettingsError(
+            f"say which letters to {command}: ids, --all, --reason{older} or --client; see `deadletters list`"
+        )
 
 
 def _chosen(settings: Settings, selection: Selection) -> Counter[bytes]:

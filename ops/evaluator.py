@@ -1,14 +1,19 @@
 """The evaluator: measures each new version on held-out data, for the store and for Prometheus."""
 
 import logging
+import socket
 import threading
 
+from ops.status import metrics_text
+from ops.tensorboard import writer as tensorboard
+from shared import metrics_push
 from shared.clock import Clock, SystemClock
-from shared.command import log_to_stderr, stop_on_signals, wait_for_servers
+from shared.command import stop_on_signals, wait_for_servers
 from shared.config import EvaluatorSettings
 from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
 from shared.layout import difference
-from shared.metrics import EvaluatorMetrics, serve
+from shared.logs import log_to_stderr
+from shared.metrics import EvaluatorMetrics, of_job, serve
 from shared.store.ports import ModelStore
 from shared.store.redis import RedisStore
 from worker.task import Context, Task, read, write
@@ -29,6 +34,9 @@ class Evaluator:
         self._model = task.build()
         self._layout = read(self._model).layout
         self._version = -1
+        self._curves = (
+            tensorboard(settings.tensorboard_dir, "FEDMQ_TENSORBOARD_DIR") if settings.tensorboard_dir else None
+        )
         self.problem: str | None = None
 
     def step(self) -> bool:
@@ -55,9 +63,16 @@ class Evaluator:
         self._store.record_evaluation(head.version, metrics)
         for name, value in metrics.items():
             self._metrics.evaluation.labels(name).set(value)
+            if self._curves is not None:
+                self._curves.add_scalar(name, value, head.version)
         self._metrics.version.set(head.version)
-        log.info("version %d: %s", head.version, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        log.info("version %d: %s", head.version, metrics_text(metrics))
         return True
+
+    def close(self) -> None:
+        """Write the end of the curves."""
+        if self._curves is not None:
+            self._curves.close()
 
     def run(self) -> None:
         """Step until stopped."""
@@ -74,7 +89,7 @@ class Evaluator:
 
 def run(settings: EvaluatorSettings) -> None:
     """Run until SIGTERM."""
-    log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level, settings.log_format, job=settings.job)
     stop = threading.Event()
     stop_on_signals(stop)
     task = Task.load(settings.task, needs=("build", "evaluate"))
@@ -83,10 +98,19 @@ def run(settings: EvaluatorSettings) -> None:
     wait_for_servers(store.head, settings.wait_s, stop)
     evaluator = Evaluator(settings, task, store, SystemClock(), metrics)
     evaluator.stop = stop
-    stop_serving = serve(metrics.registry, settings.metrics_port, lambda: evaluator.problem)
+    stop_serving = serve(
+        of_job(metrics.registry, settings.job),
+        settings.metrics_port,
+        lambda: evaluator.problem,
+        settings.metrics_cert,
+        settings.metrics_key,
+    )
+    stop_pushing = metrics_push.start(metrics.registry, settings, "evaluator", socket.gethostname())
     try:
         log.info("evaluating job %s with task %s", settings.job, task.name)
         evaluator.run()
     finally:
+        evaluator.close()
         stop_serving()
+        stop_pushing()
         store.close()

@@ -1,21 +1,30 @@
 #!/usr/bin/env bash
-# Installs RabbitMQ and Redis from the system's packages when they are absent: the tests start private ones.
+# Installs RabbitMQ, Redis, HAProxy and Prometheus' programs from the system's packages when they are absent: tests start
+# private ones.
 # Nothing is started or enabled as a service of this machine.
 set -euo pipefail
 
 have() { PATH="/usr/lib/rabbitmq/bin:/opt/homebrew/sbin:/usr/local/sbin:/usr/sbin:$PATH" command -v "$1" >/dev/null; }
 
-missing=()
-have rabbitmq-server || missing+=(rabbitmq-server)
-have redis-server || missing+=(redis-server)
+programs=(rabbitmq-server redis-server haproxy prometheus prometheus-pushgateway prometheus-redis-exporter)
+
+look() {
+  missing=()
+  for program in "${programs[@]}"; do have "$program" || missing+=("$program"); done
+}
+
+look
 ((${#missing[@]})) || exit 0
 
 by_hand() {
   echo "fedmq: $1" >&2
   echo "Install RabbitMQ (3.10 or newer) and Redis (7.0 or newer) by hand, so that rabbitmq-server and redis-server are" >&2
-  echo "found: https://www.rabbitmq.com/docs/download and https://redis.io/docs/latest/operate/oss_and_stack/install/" >&2
+  echo "found: https://www.rabbitmq.com/docs/download and https://redis.io/docs/latest/operate/oss_and_stack/install/," >&2
+  echo "and of Prometheus what is missing, under its Debian name: https://prometheus.io/download/" >&2
   exit 1
 }
+
+servers_of() { printf '%s\n' "${missing[@]}" | grep -v '^prometheus' | sed "$1"; } # only Debian packs Prometheus whole
 
 as_root() {
   if [[ $(id -u) == 0 ]]; then "$@"
@@ -34,14 +43,15 @@ if command -v apt-get >/dev/null; then
   fi
   as_root apt-get update -qq
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  for program in "${missing[@]}"; do  # nor are they to start with the machine
+    if command -v systemctl >/dev/null; then as_root systemctl disable --quiet "$program" 2>/dev/null || true; fi
+  done
 elif command -v dnf >/dev/null; then
-  as_root dnf install -y -q "${missing[@]/redis-server/redis}"
+  as_root dnf install -y -q $(servers_of "s/redis-server/redis/")
 elif command -v brew >/dev/null; then
-  brew install --quiet "${missing[@]/-server/}"
+  brew install --quiet $(servers_of "s/-server//")
 else
   by_hand "no apt-get, dnf or brew here to install ${missing[*]} with"
 fi
-missing=()
-have rabbitmq-server || missing+=(rabbitmq-server)
-have redis-server || missing+=(redis-server)
+look
 ((${#missing[@]} == 0)) || by_hand "after the installation ${missing[*]} cannot be found"

@@ -8,7 +8,7 @@ The downlink does not enter: workers train from what it publishes, but what they
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -86,6 +86,32 @@ class Recomputed:
     updates: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Records that a replay did not look into: what they hold is not compared with anything.
+
+    Attributes:
+        before: of updates that were applied before its start.
+        after: of updates that were applied after the version it goes up to.
+        not_applied: of updates that the ledger has not as applied: duplicates, stale, rejected, or trimmed by now.
+        damaged: that cannot be read.
+    """
+
+    before: int
+    after: int
+    not_applied: int
+    damaged: int
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        told = {
+            "applied before the start": self.before, "applied after the end": self.after,
+            "not applied, or no longer in the ledger": self.not_applied, "damaged": self.damaged,
+        }  # fmt: skip
+        parts = [f"{count} {what}" for what, count in told.items() if count]
+        return f"records not read: {', '.join(parts)}" if parts else "every record was read"
+
+
 class Message(NamedTuple):
     """A recorded message that the aggregator may have applied.
 
@@ -138,6 +164,11 @@ class Bodies:
             if len(parts) == count and sum(part.size for part in parts.values()) == entry["bytes"]:
                 return [parts[index] for index in range(count)]
         return []
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The ids of updates of which there is a record."""
+        return self._found.keys()
 
     def body(self, message: Message) -> bytes:
         """Return the bytes of a message."""
@@ -279,6 +310,17 @@ class Replay:
                 f"--from-version {whole_from} and, if it is not stored, its file; or look for a copy of the records"
             )
 
+    def unread(self, until: int) -> Unread:
+        """Return which records a replay up to a version has no use for."""
+        met = {e["id"]: e["version"] for c in self._history.commits() for e in c["updates"] if e["outcome"] == APPLIED}
+        versions = [met.get(update_id) for update_id in self._bodies.ids]
+        return Unread(
+            before=sum(version is not None and version < self._start for version in versions),
+            after=sum(version is not None and version >= until for version in versions),
+            not_applied=versions.count(None),
+            damaged=len(self._bodies.damaged),
+        )
+
     def run(self, until: int) -> Iterator[Recomputed]:
         """Yield each version as it comes about, up to one.
 
@@ -287,7 +329,7 @@ class Replay:
         """
         since: list[str] = []  # ids since the last version that was compared
         for commit in self._history.commits():
-            entries = [entry for entry in commit["updates"] if self._concerns(entry)]
+            entries = [entry for entry in commit["updates"] if self._concerns(entry, until)]
             before = self.version
             for entry in entries:
                 self._do(entry)
@@ -319,11 +361,11 @@ class Replay:
         """Its weights."""
         return self._store.model(self.version)
 
-    def _concerns(self, entry: Mapping[str, Any]) -> bool:
-        """Tell whether an entry of the ledger changed the state after the start."""
+    def _concerns(self, entry: Mapping[str, Any], until: int) -> bool:
+        """Tell whether an entry of the ledger changed the state after the start, on its way to a version."""
         if entry["outcome"] == OUTCOME:
             return bool(entry["version"] > self._start)
-        return bool(entry["outcome"] == APPLIED and entry["version"] >= self._start)
+        return bool(entry["outcome"] == APPLIED and self._start <= entry["version"] < until)
 
     def _do(self, entry: Mapping[str, Any]) -> None:
         if entry["outcome"] == OUTCOME:

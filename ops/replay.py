@@ -12,10 +12,10 @@ from aggregator.rules import rule_of
 from ops.recompute import Bodies, History, Replay, settings_of
 from ops.rollback import META
 from shared import choices
-from shared.command import log_to_stderr
 from shared.config import AggregatorSettings, Settings
-from shared.errors import SettingsError, VersionGone
+from shared.errors import FedMQError, SettingsError, VersionGone
 from shared.layout import Layout
+from shared.logs import log_to_stderr
 from shared.model_image import ModelImage
 from shared.rules import ROBUST
 from shared.store.redis import RedisStore
@@ -24,6 +24,10 @@ from shared.store.redis_commit import LEDGER_ENTRIES_MAX
 # Rules and defences that remember more than vectors. Everything else that remembers has a vector in the state.
 REMEMBERING_RULES = ("rescaled", "ca2fl", "ace", "aced", "area", "ringleader")
 REMEMBERING_DEFENCES = ("norm_median", "zeno", "aflguard")
+
+
+class NothingCompared(FedMQError):  # noqa: N818 - what the command prints
+    """A replay came to its end, and there was nothing to compare it with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,9 @@ def command(settings: Settings, records: Path, wanted: Wanted) -> None:
     Raises:
         SettingsError: something is missing that a replay needs.
         Differs: it is not equal.
+        NothingCompared: no hash was left to compare with.
     """
-    log_to_stderr("error")
+    log_to_stderr("error", settings.log_format)
     store = RedisStore(settings.store_url, settings.job)
     table = Table(title=f"job {settings.job}", title_justify="left")
     for column in ("version", "recomputed sha256", "stored sha256", ""):
@@ -81,6 +86,7 @@ def command(settings: Settings, records: Path, wanted: Wanted) -> None:
     start, image = _start(history, wanted, settings.job, until)
     replay = Replay(history, Bodies(records, settings.job), settings_of(settings.job, history.job()), start, image)
     replay.check(until)
+    table.caption, table.caption_justify = str(replay.unread(until)), "left"
     updates, equal = 0, 0
     try:
         for made in replay.run(until):
@@ -95,10 +101,15 @@ def command(settings: Settings, records: Path, wanted: Wanted) -> None:
     finally:
         if table.row_count:
             Console().print(table)
-    verdict = f"{equal} versions compared, all equal" if equal else "no hash was left to compare with"
-    print(f"from version {start}: {updates} updates applied again, {verdict}")
     if wanted.out is not None:
         print(f"wrote the recomputed version {until} to {wanted.out}")
+    done = f"from version {start}: {updates} updates applied again"
+    if not equal:
+        raise NothingCompared(
+            f"{done}, but no version on the way has a hash left to compare with: that says nothing. Hashes go an hour "
+            "after their versions: replay up to a stored one, or keep more of them (FEDMQ_VERSIONS_KEPT, tags)"
+        )
+    print(f"{done}, {equal} versions compared, all equal")
 
 
 def memory_of(settings: AggregatorSettings) -> list[str]:

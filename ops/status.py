@@ -2,34 +2,33 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shared.command import log_to_stderr
 from shared.compression.presets import DOWNLINK_ON
 from shared.config import Settings
 from shared.errors import SettingsError, Unavailable
+from shared.logs import log_to_stderr
 from shared.store.ports import Head
 from shared.store.redis import RedisStore
 from shared.transport.rabbitmq import queue_depths
 
 ACTIVE_S = 60.0  # a worker seen within this time counts as active
 BROKER_S_MAX = 5.0
+METRICS_SHOWN = 4  # of an evaluation
 
 
 def show(settings: Settings) -> None:
     """Print the screen."""
-    log_to_stderr("error")  # a screen, not a log
+    log_to_stderr("error", settings.log_format)  # a screen, not a log
     store = RedisStore(settings.store_url, settings.job)
     head = store.head()
     console = Console()
-    try:
-        depths: dict[str, int] | str = queue_depths(settings.broker_url, settings.job, BROKER_S_MAX)
-    except (Unavailable, SettingsError) as error:
-        depths = str(error)
+    found = depths(settings)
     if head is None:
         console.print(
             f"job {settings.job}: no model yet. Run `fedmq models init TASK --job {settings.job}`, "
@@ -40,26 +39,35 @@ def show(settings: Settings) -> None:
     facts = store.status()
     version, metrics = store.newest_evaluation()
     table = Table.grid(padding=(0, 3))
-    for name, value in _lines(settings.job, head, facts, depths, version, metrics, time.time()):
+    for name, value in lines(settings.job, head, facts, found, version, metrics, time.time()):
         table.add_row(f"[dim]{name}[/]", value)
     console.print(table)
 
 
-def _lines(
+def depths(settings: Settings) -> dict[str, int] | str:
+    """Return the lengths of the job's queues, or why the broker does not tell."""
+    try:
+        return queue_depths(settings.broker_url, settings.job, BROKER_S_MAX)
+    except (Unavailable, SettingsError) as error:
+        return str(error)
+
+
+def lines(
     job: str, head: Head, facts: dict[str, Any], depths: dict[str, int] | str, evaluated: int,
     metrics: dict[str, float],
     now: float,
 ) -> list[tuple[str, str]]:  # fmt: skip
+    """Return name and text of each line."""
     spec, totals = facts["job"], facts["state"].get("totals", {})
     seen = sorted(facts["clients"].items(), key=lambda item: -item[1]["seen"])
     active = [name for name, client in seen if now - client["seen"] <= ACTIVE_S]
     recent = [u for entry in facts["ledger"] for u in entry_updates(entry) if u["outcome"] == "applied"][:100]
     staleness = f"{sum(u['staleness'] for u in recent) / len(recent):.2f} versions on average" if recent else "-"
-    evaluation = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + f" (version {evaluated})" if metrics else "-"
+    evaluation = f"{metrics_text(metrics)} (version {evaluated})" if metrics else "-"
     queue = depths if isinstance(depths, str) else _queue(depths)
     return [
         ("job", f"[bold]{job}[/]  {head.num_params:,} parameters"),
-        ("version", f"[bold]{head.version}[/]  made {_ago(now - head.created_at)} ago, revision {head.revision}"),
+        ("version", f"[bold]{head.version}[/]  made {ago(now - head.created_at)} ago, revision {head.revision}"),
         ("rule", f"{spec.get('rule', '?')}, staleness {spec.get('staleness', '?')}"),
         ("bytes", f"up {spec.get('codec', '?')}; down {_down(spec)}"),
         ("evaluation", evaluation),
@@ -78,7 +86,7 @@ def why(  # noqa: PLR0911 - one answer per situation
 ) -> str:  # fmt: skip
     """Say in one line what the job waits for, or that it moves."""
     buffered, since = len(state.get("buffer", [])), state.get("since", 0.0)
-    age = f", oldest {_ago(now - since)}" if buffered and since else ""
+    age = f", oldest {ago(now - since)}" if buffered and since else ""
     buffer = f"buffer {buffered}/{spec.get('buffer_size', '?')}{age}"
     workers = f"{len(active)} workers seen in the last minute"
     if isinstance(depths, str):
@@ -95,8 +103,16 @@ def why(  # noqa: PLR0911 - one answer per situation
         name = plain(seen[0][0])
         return f"[yellow]the last update of {name} was {newest['outcome']}: {detail}[/]; {buffer}, {workers}"
     if not active:
-        return f"[yellow]no worker in the last minute[/], the last one {_ago(now - newest['seen'])} ago; {buffer}"
-    return f"[yellow]waiting for updates[/]: {buffer}, the last came {_ago(now - newest['seen'])} ago; {workers}"
+        return f"[yellow]no worker in the last minute[/], the last one {ago(now - newest['seen'])} ago; {buffer}"
+    return f"[yellow]waiting for updates[/]: {buffer}, the last came {ago(now - newest['seen'])} ago; {workers}"
+
+
+def metrics_text(metrics: Mapping[str, float]) -> str:
+    """Return an evaluation on one line: the first few numbers, none of single classes, and how many more."""
+    names = [name for name in metrics if "_class_" not in name] or list(metrics)
+    shown = ", ".join(f"{plain(name)} {metrics[name]:.4g}" for name in names[:METRICS_SHOWN])
+    more = len(metrics) - min(len(names), METRICS_SHOWN)
+    return f"{shown}, +{more} more" if more else shown
 
 
 def plain(text: str) -> str:
@@ -133,7 +149,8 @@ def _queue(depths: dict[str, int]) -> str:
     return f"{depths['updates']} waiting, {max(0, depths['dead'])} dead letters"
 
 
-def _ago(seconds: float) -> str:
+def ago(seconds: float) -> str:
+    """Return a time in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

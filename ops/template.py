@@ -62,6 +62,11 @@ def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     return {{"accuracy": float((outputs.argmax(1) == targets).float().mean()), "loss": float(loss)}}
 
 
+def example_input() -> torch.Tensor:
+    """Optional: what the model takes, for `fedmq models export model.onnx --task {name}`. Two rows: any number."""
+    return torch.zeros(2, 20)
+
+
 def local_data(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace this: read the data that lies on this device.
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from datetime import UTC, datetime
 from typing import Protocol
 
 
@@ -13,6 +14,9 @@ class Clock(Protocol):
 
     def monotonic(self) -> float:
         """Return seconds that never run backwards: for intervals."""
+
+    def local(self) -> datetime:
+        """Return what a clock on the wall shows: for the hours of a day."""
 
     def wait(self, stop: threading.Event, seconds: float) -> None:
         """Let `seconds` pass, or less when `stop` is set."""
@@ -28,6 +32,10 @@ class SystemClock:
     def monotonic(self) -> float:
         """Return seconds since an arbitrary start."""
         return time.monotonic()
+
+    def local(self) -> datetime:
+        """Return this machine's local time."""
+        return datetime.now().astimezone()
 
     def wait(self, stop: threading.Event, seconds: float) -> None:
         """Sleep until `seconds` have passed or `stop` is set."""
@@ -47,6 +55,10 @@ class VirtualClock:
     def monotonic(self) -> float:
         """Return virtual seconds."""
         return self.time_s
+
+    def local(self) -> datetime:
+        """Return virtual time as UTC: the same on every machine."""
+        return datetime.fromtimestamp(self.time_s, UTC)
 
     def wait(self, stop: threading.Event, seconds: float) -> None:
         """Move the clock forward at once, unless `stop` is set."""

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from shared.config import Settings, load
 from shared.errors import FedMQError, SettingsError, TaskError, Unavailable
+from shared.logs import JSON, is_json, log_to_stderr
 
 DONE, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -25,7 +27,10 @@ log = logging.getLogger("fedmq")
 S = TypeVar("S", bound=Settings)
 
 
-def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[S], None], help_text: str) -> None:
+def settings_command(
+    app: typer.Typer, name: str, kind: type[S], run: Callable[[S], None], help_text: str,
+    check: Callable[[Callable[[], S]], int] | None = None,
+) -> None:  # fmt: skip
     """Add a command whose options are the fields of its settings; an option given wins over everything.
 
     Args:
@@ -34,10 +39,16 @@ def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[
         kind: its settings.
         run: called with the checked settings.
         help_text: shown by --help.
+        check: called instead with a function that loads the settings, when --check is given; returns the exit code.
     """
 
     def command(**flags: Any) -> None:
+        checks = flags.pop("check", False)
+        if (flags.get("log_format") or os.environ.get("FEDMQ_LOG_FORMAT")) == JSON:
+            log_to_stderr("info", JSON)  # also what is wrong with the settings
         with exit_codes():
+            if check is not None and checks:
+                raise typer.Exit(check(lambda: load(kind, flags)))
             run(load(kind, flags))
 
     config = typer.Option("--config", help="TOML file with settings, e.g. a device's; FEDMQ_CONFIG")
@@ -46,6 +57,10 @@ def settings_command(app: typer.Typer, name: str, kind: type[S], run: Callable[[
             "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]
         )
     ]
+    if check is not None:
+        only = typer.Option("--check", help="look whether it could work here, say what is wrong, and end")
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter("check", keyword, default=False, annotation=Annotated[bool, only]))
     parameters += [setting_option(field, info) for field, info in kind.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -65,14 +80,6 @@ def setting_option(name: str, info: FieldInfo) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, hint])
 
 
-def log_to_stderr(level: str) -> None:
-    """Log one plain line per event; pika's own chatter stays out."""
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
-    )
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
-
-
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Turn the errors a user can mend into one message and the documented exit code."""
@@ -83,17 +90,20 @@ def exit_codes() -> Iterator[None]:
     except Unavailable as error:
         _leave(str(error), UNREACHABLE)
     except TaskError as error:
-        if error.__cause__ is not None:  # the user's own code: they need the line
-            traceback.print_exception(error.__cause__)
-        _leave(str(error), FAILED)
+        _leave(str(error), FAILED, error.__cause__)  # the user's own code: they need the line
     except FedMQError as error:
         _leave(str(error), FAILED)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
 
 
-def _leave(message: str, code: int) -> None:
-    print(f"fedmq: {message}", file=sys.stderr)
+def _leave(message: str, code: int, cause: BaseException | None = None) -> None:
+    if is_json():
+        log.error("%s", message, exc_info=cause, extra={"exit_code": code})
+    else:
+        if cause is not None:
+            traceback.print_exception(cause)
+        print(f"fedmq: {message}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -35,12 +35,12 @@ from shared.rules import (
     robust_problems,
     rule_problems,
 )
-from shared.urls import hide_password
+from shared.urls import check_port, hide_password
 
 PREFIX = "FEDMQ_"
 SECRET = re.compile(r"://[^/\s\"']*:[^/\s\"']+@|PRIVATE KEY")  # a URL with a password, a key
-OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; compose; the benchmark task's size
-    "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD", "FEDMQ_NOISE_PARAMS",
+OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; compose; the benchmark task's size; `models watch --exec`
+    "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD", "FEDMQ_NOISE_PARAMS", "FEDMQ_VERSION", "FEDMQ_TAG", "FEDMQ_SHA256",
 }  # fmt: skip
 
 
@@ -91,6 +91,15 @@ def _textfile(value: Path | None) -> Path | None:
     return value
 
 
+def _push_url(value: str) -> str:
+    if not value:
+        return value
+    if urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname:
+        raise ValueError("expected http://host:9091 or https://login:password@host:9091")
+    check_port(value)
+    return value.rstrip("/")
+
+
 RATE_MIN = 1024
 ADAPTIVE_NAMES = frozenset(ADAPTIVE)
 Identifier = Annotated[str, AfterValidator(_identifier)]
@@ -137,7 +146,7 @@ class Settings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="serve /metrics and /healthz here; 0: do not")
     metrics_cert: str = Field("", description="serve them over TLS with this certificate: a PEM file, or its text")
     metrics_key: str = Field("", description="its key; file or text")
-    metrics_push_url: str = Field(
+    metrics_push_url: Annotated[str, AfterValidator(_push_url)] = Field(
         "", description="push metrics to this Pushgateway, http(s)://login:password@host:9091"
     )
     metrics_push_s: float = Field(30.0, gt=0, description="how often to push metrics and to write the file, seconds")
@@ -377,7 +386,16 @@ class ExporterSettings(Settings):
     silent_s: float = Field(86_400.0, gt=0, description="an enrolled device unheard for so long is silent, seconds")
 
 
-ALL_SETTINGS: tuple[type[Settings], ...] = (AggregatorSettings, WorkerSettings, EvaluatorSettings, ExporterSettings)
+class OperatorSettings(Settings):
+    """Who enrolls and revokes devices: needs the servers' own logins for that."""
+
+    broker_admin_url: str = Field("", description="RabbitMQ's management API, https://login:password@host:15671")
+    ca_dir: str = Field("", description="folder of the private authority (ca.pem, ca.key): signs devices' certificates")
+
+
+ALL_SETTINGS: tuple[type[Settings], ...] = (
+    AggregatorSettings, WorkerSettings, EvaluatorSettings, ExporterSettings, OperatorSettings,
+)  # fmt: skip
 KNOWN = {name for settings in ALL_SETTINGS for name in settings.model_fields}
 
 S = TypeVar("S", bound=Settings)
@@ -438,14 +456,15 @@ def _with_tls(settings: Settings) -> tuple[dict[str, str], list[str]]:
             files[f"{name.removeprefix('tls_')}_file"] = path
         else:
             changed[name] = path
-    for name in ("broker_url", "store_url"):
-        url = getattr(settings, name)
+    for name in ("broker_url", "store_url", "metrics_push_url", "broker_admin_url"):
+        url = getattr(settings, name, "")
         if files and name in settings.model_fields_set and urlsplit(url).scheme in ("amqp", "redis"):
             problems.append(
                 f"{PREFIX}{name.upper()}={hide_password(url)}: certificates are given, but this is without TLS and "
                 f"would send the password in the clear: write {urlsplit(url).scheme}s://"
             )
-        changed[name] = tls.with_files(url, files)
+        if url:
+            changed[name] = tls.with_files(url, files)
     if bool(settings.metrics_cert) != bool(settings.metrics_key):
         problems.append("FEDMQ_METRICS_CERT and FEDMQ_METRICS_KEY go together: give both")
     return changed, problems
@@ -489,7 +508,7 @@ def _read_toml() -> dict[str, Any]:
     try:
         text = path.read_text()
         mode = stat.S_IMODE(path.stat().st_mode)
-        if SECRET.search(text) and mode & 0o077:
+        if SECRET.search(text) and mode & 0o077 & ~_granted(path):
             raise SettingsError(
                 f"FEDMQ_CONFIG {path} holds a password or a key and others can read it (mode {mode:04o}): "
                 f"chmod 600 {path}"
@@ -497,6 +516,15 @@ def _read_toml() -> dict[str, Any]:
         return tomllib.loads(text)
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
+
+
+def _granted(path: Path) -> int:
+    """Return the rights on a file that are no danger.
+
+    systemd's LoadCredential grants its service a file by an access list, which shows as the group's right to read.
+    """
+    credentials = os.environ.get("CREDENTIALS_DIRECTORY")
+    return 0o040 if credentials and path.resolve().is_relative_to(Path(credentials).resolve()) else 0
 
 
 def _plain(name: str) -> str:
@@ -528,4 +556,5 @@ def _readable(item: Any, kind: type[Settings]) -> str:
     if not item["loc"]:
         return message
     name = str(item["loc"][0])
-    return f"{PREFIX}{name.upper()}={item['input']}: {message}" if name in kind.model_fields else message
+    shown = hide_password(str(item["input"])) if name.endswith("_url") else item["input"]
+    return f"{PREFIX}{name.upper()}={shown}: {message}" if name in kind.model_fields else message

@@ -9,6 +9,7 @@
     |-- RejectedUpdate(reason)   dead-letter the message, never retry it
     |-- VersionConflict          somebody else committed: reload and fold again
     |-- VersionGone              that model version is no longer stored: pull the newest
+    |-- DiskFull                 no room for a file: wait for some, and write the same bytes again
     |-- TaskError                the user's task raised: report it and go on
     `-- SettingsError            say what to change and exit with 2
 
@@ -48,6 +49,10 @@ class VersionConflict(FedMQError):  # noqa: N818 - the usual name of a failed co
 
 class VersionGone(FedMQError):  # noqa: N818
     """The model version asked for is not (or no longer) stored."""
+
+
+class DiskFull(FedMQError):  # noqa: N818 - the state of a disk
+    """There is no room for a file, or less than is to stay free."""
 
 
 class TaskError(FedMQError):

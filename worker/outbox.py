@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import SettingsError
+from shared.errors import DiskFull, SettingsError
 from worker.folder import Files, Folder
 
 STATE = "outbox.json"
@@ -47,16 +47,21 @@ class Outbox:
         updates_max: it is full with so many that wait; beyond so many sent ones the oldest is not kept any longer.
         bytes_max: the same in bytes.
         sync: make every file survive a power cut; a simulation has no need.
+        free_min_bytes: of the disk, that stay free.
 
     Raises:
         SettingsError: the folder cannot be used, or another worker does.
+        DiskFull: there is no room for the least that it needs.
     """
 
-    def __init__(self, folder: Path | Files, client: str, updates_max: int, bytes_max: int, sync: bool = True) -> None:
+    def __init__(
+        self, folder: Path | Files, client: str, updates_max: int, bytes_max: int, sync: bool = True,
+        free_min_bytes: int = 0,
+    ) -> None:  # fmt: skip
         self.client = client
         self._updates_max, self._bytes_max = updates_max, bytes_max
         try:
-            self.folder: Files = Folder(folder, sync) if isinstance(folder, Path) else folder
+            self.folder: Files = Folder(folder, sync, free_min_bytes) if isinstance(folder, Path) else folder
             names = self.folder.names()
             known = json.loads(self.folder.read(STATE)) if STATE in names else {}
             self.incarnation: str = known.get("incarnation") or uuid.uuid4().hex[:12]
@@ -76,12 +81,24 @@ class Outbox:
         return self._id(self.next_sequence)
 
     def put(self, body: bytes) -> None:
-        """Store an encoded update made under `next_id`, to be published."""
+        """Store an encoded update made under `next_id`, to be published.
+
+        Raises:
+            DiskFull: it is not stored; the same may be put again.
+        """
         self._wait(self._store(UPDATE, body), UPDATE, len(body))
 
     def stage(self, body: bytes) -> int:
-        """Store an encoded update made under `next_id`, not to be published yet; return its sequence number."""
+        """Store an encoded update made under `next_id`, not to be published yet; return its sequence number.
+
+        Raises:
+            DiskFull: it is not stored; the same may be staged again.
+        """
         return self._store(STAGED, body)
+
+    def unstage(self, sequence: int) -> None:
+        """Give the number of a staged update back: the same update, or another, is staged under it."""
+        self.next_sequence = sequence
 
     def release(self, sequence: int) -> None:
         """Let a staged update be published, and keep it until its outcome is known."""
@@ -171,6 +188,10 @@ class Outbox:
             size = sum(size for _, size in self._waiting.values())
             return len(self._waiting) >= self._updates_max or size >= self._bytes_max
 
+    def no_room(self) -> str:
+        """Say why the disk has no room for one more training; "" when it has. A simulation's has no end."""
+        return self.folder.no_room_for() if isinstance(self.folder, Folder) else ""
+
     def __len__(self) -> int:
         return len(self._waiting)
 
@@ -181,8 +202,12 @@ class Outbox:
     def _store(self, suffix: str, body: bytes) -> int:
         sequence = self.next_sequence
         self.next_sequence += 1
-        self._write_state()  # first: a number is never used twice
-        self.folder.write(_name(sequence, suffix), body)
+        try:
+            self._write_state()  # first: a number is never used twice
+            self.folder.write(_name(sequence, suffix), body)
+        except DiskFull:
+            self.next_sequence = sequence  # nothing was published under it
+            raise
         return sequence
 
     def _wait(self, sequence: int, suffix: str, size: int) -> None:

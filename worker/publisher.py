@@ -11,6 +11,7 @@ from shared.messages import PART_BYTES, decode, split
 from shared.metrics import WorkerMetrics
 from shared.transport.ports import Outgoing, UpdateSink
 from worker.outbox import Outbox
+from worker.pace import Pace
 
 log = logging.getLogger("fedmq.worker")
 
@@ -18,14 +19,25 @@ RETRY_S = (0.1, 15.0)  # first and longest wait after a publish that was not con
 
 
 class Publisher:
-    """Publishes one worker's updates in order; runs in a thread of its own beside the training."""
+    """Publishes one worker's updates in order; runs in a thread of its own beside the training.
+
+    Args:
+        job, client: of the worker.
+        outbox: where finished updates wait.
+        sink: the broker.
+        clock: time.
+        metrics: what it counts.
+        confirm_timeout_s: longest wait for a confirm.
+        pace: limits its bytes per second, by smaller parts; None: no limit.
+    """
 
     def __init__(
         self, job: str, client: str, outbox: Outbox, sink: UpdateSink, clock: Clock, metrics: WorkerMetrics,
-        confirm_timeout_s: float,
+        confirm_timeout_s: float, pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self._job, self._client, self._outbox, self._sink = job, client, outbox, sink
         self._clock, self._metrics, self._confirm_timeout_s = clock, metrics, confirm_timeout_s
+        self._pace = pace or Pace(0, clock)
         self.part_bytes = PART_BYTES  # the job's, once it is known: what is longer is published in parts
         self._confirmed: tuple[str, int, int] = ("", 0, 0)  # of the oldest update: its id, part_bytes, parts confirmed
         self.wake = threading.Event()  # set when the outbox has news
@@ -33,6 +45,8 @@ class Publisher:
 
     def step(self, timeout_s: float = float("inf")) -> bool:
         """Publish the oldest update, if there is one, in parts if it is long; tell whether one was confirmed.
+
+        None is when the pace does not allow the next part in that time, or its waiting was ended.
 
         Args:
             timeout_s: wait no longer for the confirm than this, nor than the setting says.
@@ -43,11 +57,13 @@ class Publisher:
         waiting = self._outbox.oldest()
         if waiting is None:
             return False
-        update_id, part_bytes = waiting.update_id, self.part_bytes
+        update_id, part_bytes = waiting.update_id, self._pace.part_bytes(self.part_bytes)
         done = self._confirmed[2] if self._confirmed[:2] == (update_id, part_bytes) else 0
-        body = waiting.body()
+        body, deadline = waiting.body(), self._clock.monotonic() + timeout_s
         for index, (piece, crc32) in enumerate(_pieces(update_id, body, part_bytes)):
             if index >= done:
+                if not self._pace.take(len(piece), deadline - self._clock.monotonic()):
+                    return False
                 message = Outgoing(self._job, self._client, update_id, piece, piece is not body, crc32)
                 self._publish(message, min(timeout_s, self._confirm_timeout_s))
                 self._confirmed = update_id, part_bytes, index + 1
@@ -73,14 +89,14 @@ class Publisher:
 
     def run(self, stop: threading.Event) -> None:
         """Publish until stopped, backing off while the broker does not take updates."""
-        retry_s = RETRY_S[0]
+        retry_s, self._pace.stop = RETRY_S[0], stop
         while not stop.is_set():
             try:
                 if not self.step():
                     self.wake.wait(0.5)
                     self.wake.clear()
                 retry_s = RETRY_S[0]
-            except (Unavailable, PublishRefused) as error:
+            except (Unavailable, PublishRefused, OSError) as error:  # OSError: a disk that does not read
                 if self.problem != str(error):
                     log.warning("%s; keeping %d updates in the outbox", error, len(self._outbox))
                 self.problem = str(error)
@@ -88,7 +104,8 @@ class Publisher:
                 retry_s = min(RETRY_S[1], 2 * retry_s)
 
     def flush(self, timeout_s: float) -> bool:
-        """Publish what is left before the program ends; tell whether all was confirmed."""
+        """Publish what is left before the program ends, no faster; tell whether all was confirmed."""
+        self._pace.stop = threading.Event()
         deadline = self._clock.monotonic() + timeout_s
         while len(self._outbox) and (left_s := deadline - self._clock.monotonic()) > 0:
             try:

@@ -40,7 +40,7 @@ import numpy as np
 
 from shared.compression import Codec, Encoded, decode
 from shared.compression.error_feedback import encode_with_feedback
-from shared.errors import RejectedUpdate, TaskError, Unavailable
+from shared.errors import DiskFull, RejectedUpdate, TaskError, Unavailable
 from shared.layout import Layout
 from shared.messages import decode as decode_message
 from shared.metrics import WorkerMetrics
@@ -208,7 +208,11 @@ class Residual:
         return encoded
 
     def put(self, body: bytes) -> None:
-        """Put the update that `encode` began into the outbox: from here on it happened."""
+        """Put the update that `encode` began into the outbox: from here on it happened.
+
+        Raises:
+            DiskFull: it did not happen yet; call again with the same.
+        """
         if self._carries:
             sequence = self._outbox.stage(body)
             size = 0 if self._vector is None else self._vector.size
@@ -219,7 +223,11 @@ class Residual:
                 means=self._means, newest_version=self._newest[0], newest_revision=self._newest[1], first=self._first,
                 kind=self._kind,
             )  # fmt: skip
-            residual_file.write(self._outbox.folder, header, self._vector)
+            try:
+                residual_file.write(self._outbox.folder, header, self._vector)
+            except DiskFull:
+                self._outbox.unstage(sequence)
+                raise
             self._outbox.release(sequence)
             self._outbox.forget(self._returned, durable=True)
             self._metrics.residual_norm.set(_norm(self._vector))
@@ -292,13 +300,15 @@ class Residual:
             self._vector *= np.float32(share)
         self._mean = mean
 
-    def _settle(self, layout: Layout, version: int, horizon: int) -> None:
-        """Forget what was applied and take back what was refused, as far as the store tells."""
-        self._outbox.forget([s for s in self._outbox.sent() if s < self._first])
+    def hear(self) -> list[int]:
+        """Forget what was applied, as far as the store tells; return the numbers of those that were refused.
+
+        Also called while no training may begin: what became of an update is not told for ever.
+        """
         unsettled = self._outbox.unsettled()
         self._outcomes = {s: self._outcomes[s] for s in unsettled.values() if s in self._outcomes}
         if not unsettled:
-            return
+            return []
         try:
             news, self._cursor = self._store.outcomes(self._outbox.client, self._cursor)
         except Unavailable as error:
@@ -308,10 +318,17 @@ class Residual:
             if update_id in unsettled:  # the first outcome is what happened, a later one is of the same bytes again
                 self._outcomes.setdefault(unsettled[update_id], outcome)
         known = [s for s in self._outbox.sent() if s in self._outcomes]  # one not confirmed may be published again
-        for sequence in known:
-            if self._outcomes[sequence] in REFUSED and self._take_back(sequence, layout, version, horizon):
+        refused = [s for s in known if self._outcomes[s] in REFUSED]
+        self._outbox.forget([s for s in known if s not in refused])
+        return refused
+
+    def _settle(self, layout: Layout, version: int, horizon: int) -> None:
+        """Forget what was applied and take back what was refused, as far as the store tells."""
+        self._outbox.forget([s for s in self._outbox.sent() if s < self._first])
+        for sequence in (refused := self.hear()):
+            if self._take_back(sequence, layout, version, horizon):
                 self._returned.append(sequence)
-        self._outbox.forget([s for s in known if s not in self._returned])
+        self._outbox.forget([s for s in refused if s not in self._returned])
         surplus = self._outbox.surplus(self._returned)
         if surplus:
             self._say("surplus", f"{len(surplus)} sent updates are beyond the outbox's limits: they count as applied")

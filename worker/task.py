@@ -5,6 +5,7 @@ A task is a Python file (or one of the built-in modules) with these functions:
     def build() -> torch.nn.Module | dict[str, numpy.ndarray]       the model, with any weights
     def train(model, context) -> TrainResult                        trains it in place on local data
     def evaluate(model, context) -> dict[str, float]                optional: measures it on held-out data
+    def example_input() -> torch.Tensor | tuple[torch.Tensor, ...]  optional: what the module takes, for ONNX
 
 The worker loads the pulled weights into the model before `train`, and takes the difference afterwards: a
 task never sees deltas, versions or codecs. A model of plain numpy arrays needs no torch.
@@ -128,6 +129,10 @@ class Task:
             return {str(name): float(value) for name, value in metrics.items()}
         except (AttributeError, TypeError, ValueError) as error:
             raise TaskError(f"evaluate() of {self.name} must return a dict of numbers, got {metrics!r:.80}") from error
+
+    def example_input(self) -> Any:
+        """Return what the module takes: a tensor, or a tuple of tensors; of two rows or more if their number varies."""
+        return self._call("example_input")
 
     def _call(self, function: str, *arguments: Any) -> Any:
         try:

@@ -15,14 +15,16 @@ import numpy as np
 from shared.clock import Clock
 from shared.compression import AUTO, Codec, parse
 from shared.config import WorkerSettings
-from shared.errors import SettingsError, TaskError, Unavailable, VersionGone
-from shared.layout import Layout, difference
-from shared.messages import ENVELOPE_BYTES_MAX, PART_BYTES, Update, encode
+from shared.errors import DiskFull, FedMQError, TaskError, Unavailable, VersionGone
+from shared.layout import Layout
+from shared.messages import PART_BYTES, Update, encode
 from shared.metrics import WorkerMetrics
 from shared.model_image import ModelImage
 from shared.store.ports import WorkerStore
 from shared.vector import Vector
-from worker.auto import CHOICES, AutoCodec
+from worker.auto import AutoCodec
+from worker.fit import check_layout, check_size
+from worker.gate import DISK_S, Gate
 from worker.outbox import Outbox
 from worker.publisher import Publisher
 from worker.replica import Replica
@@ -34,6 +36,7 @@ log = logging.getLogger("fedmq.worker")
 
 ROUND_UPDATES_MAX = 3  # in one synchronous round: a refused update is made good, but not for ever
 RETRY_S = (0.5, 60.0)  # first and longest wait after a training that gave no update, or a store that is away
+SHORT_S = 1.0  # in a longer pause the store is asked what became of updates
 FLUSH_S = 20.0  # how long a worker that ends tries to get its last updates out
 
 
@@ -47,6 +50,8 @@ class Round:
         update_id: of its last update.
         updates: how many it made in the round.
         said: whether the log says that it waits.
+        cursor: of the outcomes read so far.
+        refused: whether its last update is among those.
     """
 
     version: int = -1
@@ -54,11 +59,13 @@ class Round:
     update_id: str = ""
     updates: int = 0
     said: bool = False
+    cursor: int = 0
+    refused: bool = False
 
     def with_update(self, version: int, since: float, update_id: str) -> "Round":
         """Return it after one more update."""
         same = (version, since) == (self.version, self.since)
-        return Round(version, since, update_id, self.updates + 1 if same else 1)
+        return Round(version, since, update_id, self.updates + 1 if same else 1, cursor=self.cursor if same else 0)
 
 
 class Worker:
@@ -85,6 +92,8 @@ class Worker:
         self._clock, self._metrics = clock, metrics
         self._auto = AutoCodec()
         self._residual = Residual(outbox, store, metrics)
+        self._gate = Gate(settings, outbox, clock)
+        self._paused = ""  # why no training begins, as the log has it
         self._replica = replica or Replica(store, metrics)  # the weights to train from
         self._since = 0.0  # when the head's version was made
         self._round = Round()
@@ -146,13 +155,32 @@ class Worker:
             payload=encoded.payload,
             metrics=dict(trained.result.metrics),
             train_seconds=trained.seconds,
-            created_at=now(),
+            created_at=max(0.0, now()),  # the contract knows no time before 1970, a device without a battery does
         )
-        self._residual.put(encode(update))
+        self._keep(encode(update))
         self.updates_made += 1
         self._round = self._round.with_update(version, self._since, update.update_id)
         self._metrics.outbox.set(len(self._outbox))
         self._publisher.wake.set()
+
+    def _keep(self, body: bytes) -> None:
+        """Put a finished update into the outbox; on a full disk wait for room, for what was trained must not be lost.
+
+        Raises:
+            DiskFull: there was none until the worker was asked to end.
+            FedMQError: the disk does not work.
+        """
+        while True:
+            try:
+                self._residual.put(body)
+                return
+            except DiskFull as error:
+                if self.stop.is_set():
+                    raise DiskFull(f"{error}: what was trained last is lost") from error
+                self._say(f"{error}: a finished update waits for room")
+                self._clock.wait(self.stop, DISK_S)
+            except OSError as error:
+                raise FedMQError(f"an update cannot be written into FEDMQ_STATE_DIR: {error}") from error
 
     def run(self) -> None:
         """Step until stopped, publishing in a thread beside; then get the last updates out.
@@ -181,13 +209,18 @@ class Worker:
         retry_s = RETRY_S[0]
         while not self.stop.is_set() and not self._done():
             try:
-                if self._outbox.is_full():
-                    self._say(f"the outbox is full ({len(self._outbox)} updates): training pauses")
-                    self._clock.wait(self.stop, 0.2)
+                if self._pauses():
                     continue
-                rest_s = self.settings.pause_s if self.step() else 0.5
+                trained = self.step()
+                if trained:
+                    self._gate.used()
+                rest_s = self.settings.pause_s if trained else 0.5
                 retry_s = RETRY_S[0]
+            except DiskFull as error:
+                log.error("%s", error)
+                rest_s = DISK_S
             except TaskError as error:
+                self._gate.used()
                 self._metrics.failures.inc()
                 log.error("%s; going on", error, exc_info=error.__cause__)
                 rest_s, retry_s = retry_s, min(RETRY_S[1], 2 * retry_s)
@@ -196,6 +229,23 @@ class Worker:
                 rest_s, retry_s = retry_s, min(RETRY_S[1], 2 * retry_s)
             if rest_s:
                 self._clock.wait(self.stop, rest_s)
+
+    def _pauses(self) -> bool:
+        """Wait a little if no training may begin, and hear meanwhile what became of updates; tell whether it was so."""
+        pause = self._gate.pause(self.stop)
+        cause = pause.cause if pause else ""
+        if self._paused and cause != self._paused:
+            log.info("training goes on")
+        if pause is None:
+            self._paused = ""
+            return False
+        if cause != self._paused:
+            log.warning("%s", pause.reason)
+            self._paused = cause
+        if pause.wait_s > SHORT_S:
+            self._residual.hear()
+        self._clock.wait(self.stop, pause.wait_s)
+        return True
 
     def _done(self) -> bool:
         return bool(self.settings.updates_max) and self.updates_made >= self.settings.updates_max
@@ -219,6 +269,8 @@ class Worker:
                 self._check(self._replica.pull(head))
                 log.debug("pulled version %d", head.version)
         except VersionGone as error:  # it was replaced while we pulled: look again
+            if self.settings.downlink_bytes_per_s and not self.stop.is_set():
+                self._say(f"{error}; replaced while it was pulled? FEDMQ_DOWNLINK_BYTES_PER_S may be too low for it")
             log.debug("%s", error)
             return False
         except Unavailable as error:
@@ -273,8 +325,10 @@ class Worker:
         taken = self._round
         if self._rule != "fedavg" or (taken.version, taken.since) != (self._version, self._since):
             return False
-        told, _ = self._store.outcomes(self.settings.client_id, 0)
-        refused = any(update_id == taken.update_id and outcome in REFUSED for update_id, outcome in told)
+        after = taken.cursor if self._revision is None or self._revision >= taken.cursor else 0  # a store set back
+        told, cursor = self._store.outcomes(self.settings.client_id, after)
+        refused = taken.refused or any(i == taken.update_id and outcome in REFUSED for i, outcome in told)
+        self._round = taken = replace(taken, cursor=cursor, refused=refused)
         if refused and taken.updates < ROUND_UPDATES_MAX:
             log.warning("the update of this round was refused: training again")
             return False
@@ -294,21 +348,8 @@ class Worker:
 
     def _check(self, base: ModelImage) -> None:
         """Compare this task's model with the job's; a difference cannot be mended by waiting."""
-        mine, theirs = self._layout, base.layout
-        if mine.hash != theirs.hash:
-            raise SettingsError(
-                f"task {self._trainer.task.name} does not fit job {self.settings.job!r}: {difference(mine, theirs)}"
-            )
-        limit = int(self._job["update_bytes_max"])
-        name = self._job["codec"]
-        names = CHOICES if name == AUTO else (name,)
-        size = max(parse(each).payload_bytes_max(theirs) for each in names) + ENVELOPE_BYTES_MAX
-        if size > limit:
-            raise SettingsError(
-                f"an update of {theirs.num_params} parameters as {name} may take {size} bytes, the job's "
-                f"update_bytes_max is {limit}: choose a smaller FEDMQ_CODEC for the job, or raise "
-                "FEDMQ_UPDATE_BYTES_MAX"
-            )
+        check_layout(self._trainer.task.name, self.settings.job, self._layout, base.layout)
+        check_size(base.layout, self._job)
 
     def _codec(self, delta: Vector, train_seconds: float, seed: int) -> Codec:
         """Return the job's codec for this update; `auto` leaves it to this worker."""

@@ -21,6 +21,7 @@ from ops.simulation.experiment import Experiment, Run, read
 from ops.simulation.run import simulate, stored_result
 from ops.simulation.simulator import HOUR_S
 from ops.simulation.summary import numbers_of
+from ops.tensorboard import check as check_tensorboard
 from shared.command import stop_on_signals
 from shared.errors import FedMQError, SettingsError
 
@@ -39,7 +40,7 @@ def command(path: Path, out: Path | None, processes: int, with_tensorboard: bool
         FedMQError: some runs failed; the report has the others.
     """
     if with_tensorboard:
-        tensorboard.check()
+        check_tensorboard("--tensorboard")
     experiment, console, stop = read(path), Console(), threading.Event()
     stop_on_signals(stop)
     out = out or Path("runs") / path.stem

@@ -6,6 +6,7 @@ A fault is made ready by an event of the schedule and strikes at the next port c
 import heapq
 from collections import Counter
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 EPOCH_S = 1_700_000_000.0  # unix time at which every run begins
@@ -86,6 +87,10 @@ class MachineClock:
     def monotonic(self) -> float:
         """Return virtual seconds."""
         return self._world.time_s
+
+    def local(self) -> datetime:
+        """Return this machine's wall time, as UTC."""
+        return datetime.fromtimestamp(self.now(), UTC)
 
     def wait(self, stop: object, seconds: float) -> None:
         """Let time pass for everybody."""

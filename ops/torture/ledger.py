@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ops.torture.history import History, Violation
+from shared.config import AggregatorSettings
 from shared.store.inprocess import InProcessStore
 from shared.transport.inprocess import DeadLetter
 
 FINAL = ("applied", "stale", "rejected")
-OF_THE_RULE = ("surplus", "suspicious", "rule")  # reasons for which a sound update may be rejected
+SURPLUS = "surplus"  # the one reason for which a sound update may be rejected, in jobs that count a client's updates
 ABANDONED = "incomplete"  # a newer update of the client came before the last part
 
 
@@ -49,9 +50,9 @@ class Account:
         made: finished by a worker.
         attempted: handed to `publish`.
         confirmed: the broker said that it has them.
-        applied: they changed the model.
-        refused: too stale.
-        rejected: dead letters.
+        applied: they changed the model, some of them when their dead letter was sent once more.
+        refused: too stale, and never applied.
+        rejected: dead letters, and never applied.
         lost: confirmed, and without an outcome.
         duplicated: applied more than once.
         unexpected: applied, and nobody made them.
@@ -75,14 +76,15 @@ class Account:
 def account(history: History, ledger: Ledger) -> Account:
     """Draw up the account of a run."""
     times = Counter(e["id"] for commit in ledger.commits for e in commit["updates"] if e["outcome"] == "applied")
-    outcomes, confirmed = Counter(ledger.first.values()), history.confirmed()
+    confirmed = history.confirmed()
+    never = Counter(outcome for update_id, outcome in ledger.first.items() if update_id not in times)
     return Account(
         made=len(history.made),
         attempted=len(history.handed),
         confirmed=len(confirmed),
-        applied=outcomes["applied"],
-        refused=outcomes["stale"],
-        rejected=outcomes["rejected"],
+        applied=len(times),
+        refused=never["stale"],
+        rejected=never["rejected"],
         lost=sum(update_id not in ledger.first for update_id in confirmed),
         duplicated=sum(count > 1 for count in times.values()),
         unexpected=sum(update_id not in history.made for update_id in times),
@@ -91,20 +93,20 @@ def account(history: History, ledger: Ledger) -> Account:
     )
 
 
-def check(history: History, ledger: Ledger, staleness_max: int, dead: Iterable[DeadLetter]) -> None:
+def check(history: History, ledger: Ledger, settings: AggregatorSettings, dead: Iterable[DeadLetter]) -> None:
     """Make sure that every update has one outcome, and the right one.
 
     Args:
         history: what was seen from outside.
         ledger: what the store says.
-        staleness_max: of the job.
+        settings: the job's.
         dead: the dead letters.
 
     Raises:
         Violation: with the first update of which that is not so.
     """
     _check_revisions(history, ledger)
-    _check_outcomes(history, ledger, staleness_max)
+    _check_outcomes(history, ledger, settings.staleness_max, has_shares(settings))
     for update_id in sorted(history.confirmed()):
         if update_id not in ledger.first:
             raise Violation("ledger", f"{update_id} was confirmed and has no outcome: it is lost")
@@ -135,7 +137,12 @@ def _check_revisions(history: History, ledger: Ledger) -> None:
             raise Violation("ledger", f"revision {number} is version {version}, the head said {seen[number]}")
 
 
-def _check_outcomes(history: History, ledger: Ledger, staleness_max: int) -> None:
+def has_shares(settings: AggregatorSettings) -> bool:
+    """Tell whether a client has its share of the open buffer, beyond which a sound update of it is rejected."""
+    return settings.rule == "fedavg" or settings.robust == "one_slot"
+
+
+def _check_outcomes(history: History, ledger: Ledger, staleness_max: int, shares: bool) -> None:
     """Nothing is applied twice, or applied or refused wrongly; no outcome follows another."""
     final: dict[str, str] = {}
     floor = 0  # below it ids may be forgotten: what comes again then is too stale for ever
@@ -156,7 +163,7 @@ def _check_outcomes(history: History, ledger: Ledger, staleness_max: int) -> Non
                 if before is None:
                     raise Violation("ledger", f"{update_id} is a duplicate of nothing: it is lost")
                 continue
-            _check_reason(history, entry, too_old)
+            _check_reason(history, entry, too_old, shares)
             if before == "applied" and outcome != "applied" and too_old:
                 continue  # its id was forgotten by now
             again = before in ("rejected", "stale") and update_id in history.replayed
@@ -165,13 +172,13 @@ def _check_outcomes(history: History, ledger: Ledger, staleness_max: int) -> Non
             final[update_id] = outcome
 
 
-def _check_reason(history: History, entry: dict[str, Any], too_old: bool) -> None:
+def _check_reason(history: History, entry: dict[str, Any], too_old: bool, shares: bool) -> None:
     update_id, outcome = entry["id"], entry["outcome"]
     if outcome == "applied" and too_old:
         raise Violation("ledger", f"{update_id} is applied with staleness {entry['staleness']}, beyond the limit")
     if outcome == "stale" and not too_old:
         raise Violation("ledger", f"{update_id} is refused as stale with staleness {entry['staleness']}")
     abandoned = entry.get("reason") == ABANDONED and update_id in history.needed
-    harmed = update_id in history.damaged or abandoned or entry.get("reason") in OF_THE_RULE
+    harmed = update_id in history.damaged or abandoned or (shares and entry.get("reason") == SURPLUS)
     if outcome == "rejected" and not harmed:
         raise Violation("ledger", f"{update_id} was sound and is rejected as {entry['reason']}: {entry['detail']}")

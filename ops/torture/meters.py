@@ -18,6 +18,9 @@ class Meters:
     def __init__(self, counted: Counter[str]) -> None:
         self.updates = _Outcomes(counted)
 
+    def begin(self, job: str) -> None:
+        """Nothing is shown at 0, as nothing is shown."""
+
     def __getattr__(self, name: str) -> "_Meter":
         return _METER
 

@@ -24,7 +24,7 @@ AGGREGATORS = 2
 CALLS = 14  # a process that is to die or to stand still does so at one of its next calls
 AGGREGATOR_CALLS = (
     "receive", "head", "load", "load", "kept", "kept", "commit", "ack", "reject", "recover", "recover", "model",
-    "published", "snapshot", "deltas", "announce",
+    "published", "snapshot", "deltas", "announce", "versions",
 )  # fmt: skip
 WORKER_CALLS = (
     "head", "job", "model", "outcomes", "published", "snapshot", "deltas", "publish", "publish", "write", "rename",

@@ -160,7 +160,7 @@ class Simulation:
         for version in sorted(system.history.models):
             if version in system.store._models:
                 system.history.saw_model(version, system.store.model(version))
-        ledger.check(system.history, found, system.settings.staleness_max, system.broker.dead)
+        ledger.check(system.history, found, system.settings, system.broker.dead)
         truth = oracle.Oracle(self._image.weights.astype(np.float64), system.settings)
         header_bytes = self._image.data.size - 4 * system.layout.num_params
         oracle.check(truth, system.history, found, header_bytes)

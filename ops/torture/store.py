@@ -11,7 +11,7 @@ from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, SnapshotEntry
 from shared.store.inprocess import InProcessStore
-from shared.store.ports import Commit, Head, Stored
+from shared.store.ports import Commit, Head, Stored, StoredVersion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,6 +97,10 @@ class TortureStore:
         if stored is not None:
             self._history.saw_model(stored.head.version, stored.model)
         return stored
+
+    def versions(self) -> list[StoredVersion]:
+        """Return the stored versions."""
+        return self._call(self._inner.versions)
 
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule."""

@@ -16,7 +16,17 @@ from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.published import Delta, DeltaEntry, Index, Publication, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot, write_snapshot
-from shared.store.ports import CLIENTS_MAX, OUTCOMES_MAX, REFUSED_IDS_MAX, Commit, Head, Stored, unheard
+from shared.store.ports import (
+    CLIENTS_MAX,
+    OUTCOMES_MAX,
+    REFUSED_IDS_MAX,
+    Commit,
+    Head,
+    Stored,
+    StoredVersion,
+    TagChange,
+    unheard,
+)
 from shared.vector import Vector
 
 
@@ -32,6 +42,9 @@ class InProcessStore:
         self._head: Head | None = None
         self._token = ""
         self._models: dict[int, bytes] = {}
+        self._created_at: dict[int, float] = {}
+        self._tags: dict[str, int] = {}
+        self._tag_changes: list[TagChange] = []
         self._layout: Layout | None = None
         self._arrays: dict[str, Vector] = {}
         self._state = b""
@@ -120,7 +133,7 @@ class InProcessStore:
             if self._head is not None:
                 return False
             self._layout = model.layout
-            self._models[0] = model.data.tobytes()
+            self._models[0], self._created_at[0] = model.data.tobytes(), now
             self._head = Head(0, 0, model.layout.hash, model.sha256, model.layout.num_params, 1, now)
             return True
 
@@ -140,6 +153,53 @@ class InProcessStore:
         model = ModelImage.from_chunks(self.layout(), [data])
         return Stored(head, model, arrays, state, applied, versions, refused, kept)
 
+    def versions(self) -> list[StoredVersion]:
+        """Return the stored versions."""
+        with self._lock:
+            return [
+                StoredVersion(version, self._created_at.get(version, 0.0), tuple(sorted(self._tags_of(version))))
+                for version in sorted(self._models)
+            ]
+
+    def tagged(self, name: str) -> int | None:
+        """Return the version that a tag names."""
+        with self._lock:
+            return self._tags.get(name)
+
+    def tag(self, name: str, version: int, now: float, source: str = "") -> int | None:
+        """Give a version a name."""
+        with self._lock:
+            if source and self._tags.get(source) != version:
+                raise VersionConflict(f"tag {source!r} names version {self._tags.get(source)} by now, not {version}")
+            if version not in self._models:
+                raise VersionGone(f"version {version} is not stored")
+            previous = self._tags.get(name)
+            if previous != version:
+                self._tags[name] = version
+                self._tag_changes.append(TagChange(now, name, version, previous))
+            return previous
+
+    def untag(self, name: str, now: float) -> int | None:
+        """Remove a tag."""
+        with self._lock:
+            previous = self._tags.pop(name, None)
+            if previous is not None:
+                self._tag_changes.append(TagChange(now, name, None, previous))
+            return previous
+
+    def tag_changes(self) -> list[TagChange]:
+        """Return the history of tags."""
+        with self._lock:
+            return list(self._tag_changes)
+
+    def drop(self, versions: Sequence[int]) -> list[int]:
+        """Drop the weights of versions that are neither the newest nor tagged."""
+        with self._lock:
+            for version in versions:
+                if self._head is not None and version < self._head.version:
+                    self._drop(version)
+            return [version for version in versions if version not in self._models]
+
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule."""
         with self._lock:
@@ -156,6 +216,7 @@ class InProcessStore:
             sha256, created_at, published = head.sha256, head.created_at, head.published
             if commit.model is not None:
                 self._models[commit.version] = commit.model.data.tobytes()
+                self._created_at[commit.version] = commit.now
                 sha256, created_at = commit.model.sha256, commit.now
                 self.meta.setdefault(commit.version, {}).update(commit.meta)
                 published = commit.publication.sha256
@@ -185,8 +246,7 @@ class InProcessStore:
             for client, pairs in commit.outcomes.items():
                 self._outcomes.setdefault(client, deque(maxlen=OUTCOMES_MAX)).append((head.revision + 1, list(pairs)))
             for version in commit.dropped_versions:
-                self._models.pop(version, None)
-                self.meta.pop(version, None)
+                self._drop(version)
             self._token = commit.token
             self._head = Head(
                 head.revision + 1, commit.version, head.layout, sha256, head.num_params, head.chunks, created_at,
@@ -205,6 +265,8 @@ class InProcessStore:
                 "snapshots": [[astuple(entry), file] for entry, file in self._snapshots.values()],
                 "deltas": [[astuple(entry), record] for entry, record in self._deltas.values()],
                 "outcomes": {client: list(pairs) for client, pairs in self._outcomes.items()},
+                "created_at": self._created_at, "tags": self._tags,
+                "tag_changes": [astuple(change) for change in self._tag_changes],
             }  # fmt: skip
 
     def restore(self, layout: Layout, dump: Mapping[str, Any]) -> None:
@@ -220,12 +282,24 @@ class InProcessStore:
             self._arrays = {name: np.frombuffer(array, np.float32) for name, array in dump["arrays"].items()}
             self._applied, self._clients, self.meta = dump["applied"], dump["clients"], dump["meta"]
             self._refused = dump["refused"]
+            self._created_at, self._tags = dict(dump.get("created_at", {})), dict(dump.get("tags", {}))
+            self._tag_changes = [TagChange(*change) for change in dump.get("tag_changes", ())]
             self._snapshots = {entry[0]: (SnapshotEntry(*entry), file) for entry, file in dump["snapshots"]}
             self._deltas = {entry[0]: (DeltaEntry(*entry), record) for entry, record in dump["deltas"]}
             self._outcomes = {
                 client: deque(((revision, [(i, o) for i, o in told]) for revision, told in pairs), maxlen=OUTCOMES_MAX)
                 for client, pairs in dump["outcomes"].items()
             }
+
+    def _tags_of(self, version: int) -> list[str]:
+        return [name for name, named in self._tags.items() if named == version]
+
+    def _drop(self, version: int) -> None:
+        """Forget a version, unless it has a tag at this moment."""
+        if self._tags_of(version):
+            return
+        for known in (self._models, self.meta, self._created_at):
+            known.pop(version, None)
 
     def _publish(self, publication: Publication) -> None:
         """Move the index of what is published; keeps bytes, as Redis does."""

@@ -73,7 +73,7 @@ class Commit:
         clients: client id -> JSON text of what is known of it, with `seen` in unix seconds; beyond `CLIENTS_MAX` those
             unheard of for longest are forgotten.
         meta: facts about the new version, e.g. number of updates and their mean staleness.
-        dropped_versions: versions whose weights may go.
+        dropped_versions: versions whose weights may go; one that has a tag when this is committed stays.
         now: unix seconds.
         outcomes: client id -> (update_id, outcome) of its updates that this commit settles, in order.
         publication: what it publishes for workers; counts only with a model.
@@ -112,6 +112,38 @@ class Stored:
     versions: list[int] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     kept: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A version whose weights are stored.
+
+    Attributes:
+        version: its number.
+        created_at: unix seconds when it was committed.
+        tags: names that operators gave it, sorted; while it has one it is not dropped.
+    """
+
+    version: int
+    created_at: float
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TagChange:
+    """One line of the history of tags.
+
+    Attributes:
+        at: unix seconds.
+        name: of the tag.
+        version: that it names from then on, None: it was removed.
+        previous: that it named before, None: it was new.
+    """
+
+    at: float
+    name: str
+    version: int | None
+    previous: int | None
 
 
 class ModelStore(Protocol):
@@ -186,6 +218,9 @@ class StateStore(WorkerStore, Protocol):
     def load(self) -> Stored | None:
         """Return the state of the newest revision, None while the job has no version."""
 
+    def versions(self) -> list[StoredVersion]:
+        """Return the versions whose weights are stored, ascending; small reads."""
+
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule as the newest commit left it, None when there is none of that name."""
 
@@ -195,4 +230,41 @@ class StateStore(WorkerStore, Protocol):
         Raises:
             VersionConflict: the store is not at `expected_revision`.
             StoreUnavailable: it may or may not have happened; repeat the same commit.
+        """
+
+
+class VersionStore(Protocol):
+    """What an operator does with versions, beside whoever commits."""
+
+    def versions(self) -> list[StoredVersion]:
+        """Return the versions whose weights are stored, ascending."""
+
+    def tagged(self, name: str) -> int | None:
+        """Return the version that a tag names, None when there is no such tag."""
+
+    def tag(self, name: str, version: int, now: float, source: str = "") -> int | None:
+        """Give a version a name, or move the name to it; from then on it is not dropped. Return what it named before.
+
+        Args:
+            name: of the tag.
+            version: that it is to name; the same again changes nothing.
+            now: unix seconds, for the history.
+            source: another tag that must still name this version, "": none.
+
+        Raises:
+            VersionGone: the version is not, or no longer, stored.
+            VersionConflict: `source` names another version by now.
+        """
+
+    def untag(self, name: str, now: float) -> int | None:
+        """Remove a tag; return what it named, None when there was no such tag."""
+
+    def tag_changes(self) -> list[TagChange]:
+        """Return the history of tags, oldest first."""
+
+    def drop(self, versions: Sequence[int]) -> list[int]:
+        """Drop the weights of versions, but neither the newest nor one that has a tag at this moment.
+
+        Returns:
+            Those of them that are not stored any more.
         """

@@ -18,7 +18,9 @@ Keys of a job, all in one hash slot (public contract, version 1, except those ma
     fedmq:{<job>}:snapshot:<v>:<c>   string  the weights workers train from at v, a safetensors file, cut at 64 MiB
     fedmq:{<job>}:deltas             zset    "<version> <parent> <bytes>" of the stored deltas, scored by version
     fedmq:{<job>}:delta:<v>:<chunk>  string  what leads from the parent's to v's (msgpack), cut at 64 MiB
-    fedmq:{<job>}:tag:<name>         string  a version with a name
+    fedmq:{<job>}:tag:<name>         string  a version with a name, which is not dropped while it has one
+    fedmq:{<job>}:tagged             zset    * names of tags, scored by the versions they name
+    fedmq:{<job>}:tags               stream  * one entry a change of a tag: time, tag, version, previous
     fedmq:{<job>}:evaluations        stream  * one entry an evaluation: version, metrics (JSON)
     fedmq:{<job>}:state              string  * the small part of the aggregation state (msgpack)
     fedmq:{<job>}:state:<name>:<c>   string  * its model-size parts: float32, little-endian, cut at 64 MiB
@@ -32,18 +34,19 @@ import contextlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
 import redis
 
+from shared import supported
 from shared.errors import Reason, RejectedUpdate, SettingsError, StoreUnavailable, VersionConflict, VersionGone
 from shared.layout import Layout
 from shared.model_image import ModelImage, chunk_count, fill_file, piece_count
 from shared.published import Delta, DeltaEntry, Index, SnapshotEntry, unpack
 from shared.snapshot import read_snapshot
-from shared.store.ports import CLIENTS_MAX, Commit, Head, Stored, unheard
+from shared.store.ports import CLIENTS_MAX, Commit, Head, Stored, StoredVersion, unheard
 from shared.store.redis_commit import SCRIPT, SCRIPT_ARGS_MAX, KeptEntry, commands_of, flat, pieces_of, version_commands
 from shared.store.redis_link import CONNECT_S_MAX, connect, translated
 from shared.urls import hide_password
@@ -58,6 +61,16 @@ EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
 
 _SET_IF_EXISTS = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end"
 
+class Pacing(Protocol):
+    """What limits how fast weights are read."""
+
+    @property
+    def piece_bytes(self) -> int:
+        """How much to ask for at once."""
+
+    def take(self, size_bytes: int) -> bool:
+        """Wait until so many bytes may be read; False when the waiting was ended."""
+
 
 class RedisStore:
     """One job in Redis; reads for everybody, writes for the aggregator.
@@ -67,13 +80,15 @@ class RedisStore:
         job: the job's id.
         durable: refuse to commit to a Redis that may forget an acknowledged write.
         replicas: of Redis, that must have a commit before it counts.
+        pace: limits how fast weights are read; None: as fast as it goes.
     """
 
-    def __init__(self, url: str, job: str, durable: bool = True, replicas: int = 0) -> None:
+    def __init__(self, url: str, job: str, durable: bool = True, replicas: int = 0, pace: Pacing | None = None) -> None:
         self.url = url
         self._prefix = f"fedmq:{{{job}}}:"
         self._durable, self._waitaof, self._replicas = durable, False, replicas
         self._layout: Layout | None = None
+        self._pace = pace
         self._redis = connect(url, ANSWER_S_MAX)
         self._greeted = False
 
@@ -87,7 +102,7 @@ class RedisStore:
         self._greet()
         with translated(self.url):
             server = self._redis.info("server")
-            version = str(server["redis_version"])
+            version = supported.check("Redis", str(server["redis_version"]))
             if self._durable:
                 self._check_durability(version)
             return version
@@ -131,8 +146,7 @@ class RedisStore:
         with translated(self.url):
             expected = self._redis.hget(self._key(f"meta:{version}"), "sha256")
             try:
-                chunks = (self._chunk(f"model:{version}:{index}") for index in range(chunk_count(layout)))
-                image = ModelImage.from_chunks(layout, chunks)
+                image = ModelImage.from_chunks(layout, self._pieces(f"model:{version}", chunk_count(layout)))
             except ValueError as error:
                 raise VersionGone(f"version {version} in the store is damaged: {error}") from error
         if expected is None or image.sha256 != expected.decode():
@@ -167,17 +181,21 @@ class RedisStore:
 
     def snapshot(self, entry: SnapshotEntry) -> ModelImage:
         """Return the weights of a snapshot."""
-        layout, pieces = self.layout(), range(piece_count(entry.size_bytes))
+        layout = self.layout()
+        pieces = self._pieces(f"snapshot:{entry.version}", piece_count(entry.size_bytes))
         with translated(self.url):
             try:
-                chunks = (self._chunk(f"snapshot:{entry.version}:{index}") for index in pieces)
-                return read_snapshot(layout, entry.dtype, chunks)
+                return read_snapshot(layout, entry.dtype, pieces)
             except ValueError as error:
                 raise RejectedUpdate(Reason.MALFORMED, f"snapshot {entry.version} is damaged: {error}") from error
 
     def deltas(self, entries: Sequence[DeltaEntry]) -> list[Delta]:
-        """Return deltas: one MGET."""
+        """Return deltas: one MGET, where nothing limits the pace."""
         counts = [piece_count(entry.size_bytes) for entry in entries]
+        if self._pace is not None:
+            with translated(self.url):
+                read = [b"".join(self._pieces(f"delta:{e.version}", n)) for e, n in zip(entries, counts, strict=True)]
+            return [unpack(record, entry) for record, entry in zip(read, entries, strict=True)]
         names = [f"delta:{e.version}:{index}" for e, n in zip(entries, counts, strict=True) for index in range(n)]
         with translated(self.url):
             pieces = self._redis.mget([self._key(name) for name in names]) if names else []
@@ -237,6 +255,24 @@ class RedisStore:
                     f"backup, or delete the keys {self._prefix}* to begin anew"
                 )
 
+    def versions(self) -> list[StoredVersion]:
+        """Return the stored versions: their numbers and tags, then when they were made."""
+        with translated(self.url), self._redis.pipeline(transaction=True) as pipe:
+            pipe.zrange(self._key("versions"), 0, -1)
+            pipe.zrange(self._key("tagged"), 0, -1, withscores=True)
+            members, named = pipe.execute()
+            numbers = [int(member) for member in members]
+            for version in numbers:
+                pipe.hget(self._key(f"meta:{version}"), "created_at")
+            times = pipe.execute()
+        tags: dict[int, list[str]] = {}
+        for name, version in named:
+            tags.setdefault(int(version), []).append(name.decode())
+        return [
+            StoredVersion(number, float(at or 0), tuple(sorted(tags.get(number, ()))))
+            for number, at in zip(numbers, times, strict=True)
+        ]
+
     def kept(self, name: str) -> bytes | None:
         """Return a record of the rule; read again if a commit came in between."""
         last: KeptEntry | None = None
@@ -262,6 +298,11 @@ class RedisStore:
         answer = self._run(str(commit.expected_revision), commit.token, stage, commands)
         if answer.startswith("conflict"):
             raise VersionConflict(f"expected revision {commit.expected_revision}; the store says: {answer}")
+        if answer.startswith("forbidden"):
+            raise SettingsError(
+                f"Redis at {hide_password(self.url)} does not let this login do {answer.split()[1]} on job keys "
+                f"{self._prefix}*: nothing was committed; give it the rules of `fedmq secrets make`"
+            )
         if answer != "done":
             raise StoreUnavailable(f"a staged piece vanished before the commit ({answer}): is Redis evicting keys?")
 
@@ -344,6 +385,33 @@ class RedisStore:
         if data is None:
             raise VersionGone(f"{name} is not stored")
         return bytes(data)
+
+    def _pieces(self, name: str, count: int) -> Iterator[bytes]:
+        """Yield stored chunks in order, in smaller pieces where a pace is set.
+
+        Raises:
+            VersionGone: one is not stored, or no longer; or the waiting was ended.
+        """
+        for index in range(count):
+            if self._pace is None:
+                yield self._chunk(f"{name}:{index}")
+            else:
+                yield from self._paced(f"{name}:{index}", self._pace)
+
+    def _paced(self, name: str, pace: Pacing) -> Iterator[bytes]:
+        """Yield a chunk by GETRANGE; a chunk never changes, so its pieces fit together unless it goes meanwhile."""
+        key = self._key(name)
+        size = int(self._redis.strlen(key))
+        if not size:
+            raise VersionGone(f"{name} is not stored")
+        for start in range(0, size, pace.piece_bytes):
+            end = min(size, start + pace.piece_bytes)
+            if not pace.take(end - start):
+                raise VersionGone(f"{name}: the worker was asked to end at {start} of {size} bytes")
+            piece = bytes(self._redis.getrange(key, start, end - 1))
+            if len(piece) != end - start:
+                raise VersionGone(f"{name} went at {start} of {size} bytes")
+            yield piece
 
     def _array(self, name: str, num_params: int) -> Vector:
         array = np.empty(num_params, np.float32)

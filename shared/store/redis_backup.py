@@ -33,6 +33,7 @@ STAGE_COMMANDS = 2000  # staged in one round trip at most
 PAGE_MAX = 500  # elements of a hash, a set or a stream read at once
 REVISIONS_BEYOND = 1_000_000  # commits that a lost store may have seen since its backup
 
+SIZE_COMMANDS = {"string": "STRLEN", "hash": "HLEN", "zset": "ZCARD", "stream": "XLEN"}
 NEVER_CHANGE = ("model:", "snapshot:", "delta:", "kept:")  # they only vanish
 LARGE_BYTES = 2**20
 
@@ -56,7 +57,7 @@ return found
 """
 
 # KEYS[1] head; ARGV: prefix, token, '1' to replace, revision of the backup, revisions beyond, unix seconds,
-# msgpack list of [stage key, name, ttl in ms or -1], the head last.
+# msgpack list of [stage key, name, ttl in ms or -1, what tells the size, size], the head last.
 _INSTALL = """
 local old = redis.call('HMGET', KEYS[1], 'revision', 'version', 'token')
 if old[3] == ARGV[2] then
@@ -70,6 +71,8 @@ end
 if #present > 0 and ARGV[3] ~= '1' then return 'exists ' .. (old[1] or 'none') end
 for _, item in ipairs(staged) do
   if redis.call('EXISTS', item[1]) == 0 then return 'expired ' .. item[2] end
+  local size = redis.call(item[4], item[1])
+  if size ~= item[5] then return 'incomplete ' .. item[2] .. ' ' .. size .. '/' .. item[5] end
 end
 local job = ARGV[1] .. 'job'
 local announced = redis.call('EXISTS', job) == 1  -- what runs here now says how
@@ -93,6 +96,16 @@ redis.call('XADD', ARGV[1] .. 'ledger', revision .. '-0', 'revision', revision, 
   'updates', cjson.encode({told}))
 redis.call('HSET', head, 'revision', revision, 'token', ARGV[2], 'created_at', ARGV[6])
 return 'done ' .. revision .. ' ' .. (old[1] or '')
+"""
+
+
+# KEYS[1] a stream; ARGV: msgpack list of [id, [field, value, ...]]. The answer may have been lost: what is there stays.
+_APPEND = """
+for _, entry in ipairs(cmsgpack.unpack(ARGV[1])) do
+  if #redis.call('XRANGE', KEYS[1], entry[1], entry[1]) == 0 then
+    redis.call('XADD', KEYS[1], entry[1], unpack(entry[2]))
+  end
+end
 """
 
 
@@ -173,7 +186,9 @@ class RedisArchive(RedisStore):
                 f"{self._prefix}* appeared meanwhile, at revision {answer[1]}: say --replace to drop it"
             )
         if answer[0] != "done":
-            raise StoreUnavailable(f"a staged piece vanished before it was used ({answer}): is Redis evicting keys?")
+            raise StoreUnavailable(
+                f"a staged piece was lost before it was used ({' '.join(answer)}): is Redis evicting keys?"
+            )
         return int(answer[1])
 
     def names(self) -> list[str]:
@@ -205,7 +220,10 @@ class RedisArchive(RedisStore):
             )
 
     def _stage_all(self, prefix: str, records: Iterable[tuple[Entry, Iterable[Piece]]]) -> list[list[Any]]:
-        """Write all keys under stage names, small ones together; return each one's, its own name and time to live."""
+        """Write all keys under stage names, small ones together; return what `_INSTALL` takes of each.
+
+        redis-py sends a round trip again when its answer is lost: each command comes to the same when it is repeated.
+        """
         staged, waiting_bytes = [], 0
         with self._redis.pipeline(transaction=True) as pipe:  # a key has its expiry from the first piece on
             for entry, pieces in records:
@@ -222,7 +240,7 @@ class RedisArchive(RedisStore):
                         waiting_bytes = 0
                 if entry.last:
                     pipe.execute_command("XSETID", key, entry.last)
-                staged.append([key, entry.name, entry.ttl_ms])
+                staged.append([key, entry.name, entry.ttl_ms, SIZE_COMMANDS[entry.kind], entry.size])
             self._flush(pipe)
         return sorted(staged, key=lambda item: item[1] == "head")
 
@@ -334,6 +352,5 @@ def _commands(key: str, kind: str, piece: Any, offset: int) -> Iterator[list[Any
     elif kind == "zset":
         scored = zip(piece[1::2], piece[::2], strict=True)
         yield ["ZADD", key, *(part for pair in scored for part in pair)]
-    elif kind == "stream":
-        for identifier, fields in piece:
-            yield ["XADD", key, identifier, *fields]
+    elif kind == "stream" and piece:
+        yield ["EVAL", _APPEND, 1, key, msgpack.packb(piece, use_bin_type=False)]

@@ -43,8 +43,31 @@ class KeptEntry(NamedTuple):
         return [f"{_kept(name, self.revision)}:{index}" for index in range(self.pieces)]
 
 
-# KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands.
-SCRIPT = """
+# Part of a script. Whether a version has a tag is looked up here, where nobody can set one meanwhile.
+DROP = f"""
+local function drop(prefix, version, chunks)
+  if redis.call('ZCOUNT', prefix .. 'tagged', version, version) > 0 then return end
+  for index = 0, chunks - 1 do redis.call('DEL', prefix .. 'model:' .. version .. ':' .. index) end
+  redis.call('EXPIRE', prefix .. 'meta:' .. version, {META_SECONDS})
+  redis.call('ZREM', prefix .. 'versions', version)
+end
+"""
+
+# Part of a script: whether this login may do a command.
+_MAY = """
+local function may(command)
+  if command[1] ~= 'DROP' then return redis.acl_check_cmd(unpack(command)) end
+  local prefix, version = command[2], command[3]
+  return redis.acl_check_cmd('ZCOUNT', prefix .. 'tagged', version, version)
+    and redis.acl_check_cmd('DEL', prefix .. 'model:' .. version .. ':0')
+    and redis.acl_check_cmd('EXPIRE', prefix .. 'meta:' .. version, 1)
+    and redis.acl_check_cmd('ZREM', prefix .. 'versions', version)
+end
+"""
+
+# KEYS[1] head; ARGV: expected revision, token, msgpack list of stage keys, msgpack list of commands, where DROP is not
+# one of Redis's.
+SCRIPT = f"""{DROP}{_MAY}
 local revision, token = unpack(redis.call('HMGET', KEYS[1], 'revision', 'token'))
 if token == ARGV[2] then
   redis.call('HSET', KEYS[1], 'token', token)  -- WAIT and WAITAOF wait for a connection's last write, and all before it
@@ -54,7 +77,13 @@ if (revision or '') ~= ARGV[1] then return 'conflict ' .. (revision or 'none') e
 for _, key in ipairs(cmsgpack.unpack(ARGV[3])) do
   if redis.call('EXISTS', key) == 0 then return 'expired ' .. key end
 end
-for _, command in ipairs(cmsgpack.unpack(ARGV[4])) do redis.call(unpack(command)) end
+local commands = cmsgpack.unpack(ARGV[4])
+for _, command in ipairs(commands) do  -- all or nothing: what fails half way leaves what came before
+  if not may(command) then return 'forbidden ' .. command[1] end
+end
+for _, command in ipairs(commands) do
+  if command[1] == 'DROP' then drop(command[2], command[3], command[4]) else redis.call(unpack(command)) end
+end
 return 'done'
 """
 
@@ -109,9 +138,7 @@ def commands_of(
         commands.append(["EXPIRE", key(f"outcomes:{client}"), OUTCOMES_SECONDS])
     commands += _kept_commands(commit, key, kept)
     for version in commit.dropped_versions:
-        commands.append(["DEL", *_keys(key, f"model:{version}", chunk_count(layout()))])
-        commands.append(["EXPIRE", key(f"meta:{version}"), META_SECONDS])
-        commands.append(["ZREM", key("versions"), version])
+        commands.append(["DROP", key(""), str(version), chunk_count(layout())])
     head = {"revision": revision, "version": commit.version, "token": commit.token}
     if commit.model is None:
         return [*commands, ["HSET", key("head"), *flat(head)]]

@@ -4,6 +4,7 @@ VHOST = "fedmq"
 EXCHANGE = "fedmq.updates"  # durable, topic
 DEAD_EXCHANGE = "fedmq.dead"  # durable, topic; messages with the headers below
 LOG_EXCHANGE = "amq.rabbitmq.log"  # where RabbitMQ publishes its own log (log.exchange = true)
+LOG_LEVELS = ("warning", "error")  # its routing keys of failed logins and refusals
 AUDIT_QUEUE = "fedmq.audit"  # what of that is about refusals, until `fedmq exporter` took it
 PART = "update-part"  # AMQP type of a part of an update; `update` of a whole one
 HEADER_REASON = "fedmq-reason"

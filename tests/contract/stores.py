@@ -11,8 +11,9 @@ import redis
 from shared.layout import Layout
 from shared.model_image import ModelImage
 from shared.store.inprocess import InProcessStore
-from shared.store.ports import Commit, StateStore
+from shared.store.ports import Commit, StateStore, VersionStore
 from shared.store.redis import RedisStore
+from shared.store.redis_versions import RedisVersions
 
 NUM_PARAMS = 6 * 7 + 7 + 3
 
@@ -58,6 +59,9 @@ class Store(Protocol):
     def open(self) -> StateStore:
         """Return a client of the job's store."""
 
+    def operator(self) -> VersionStore:
+        """Return an operator's client of it."""
+
     def snapshot(self) -> Any:
         """Return all that is stored, to be compared."""
 
@@ -84,6 +88,10 @@ class InProcess:
         self._store = InProcessStore()
 
     def open(self) -> StateStore:
+        """Return the one store."""
+        return self._store
+
+    def operator(self) -> VersionStore:
         """Return the one store."""
         return self._store
 
@@ -125,6 +133,12 @@ class InRedis:
         """Return a client with connections of its own."""
         self._opened.append(RedisStore(self.url, self.job))
         return self._opened[-1]
+
+    def operator(self) -> RedisVersions:
+        """Return an operator's client with connections of its own."""
+        client = RedisVersions(self.url, self.job)
+        self._opened.append(client)
+        return client
 
     def key(self, name: str) -> str:
         """Return the full name of a key of the job."""

@@ -6,6 +6,7 @@ import random
 import resource
 import time
 import uuid
+from urllib.parse import urlsplit
 
 import msgpack
 import numpy as np
@@ -24,6 +25,7 @@ from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
 from shared.store.redis_backup import REVISIONS_BEYOND, RedisArchive
 from tests.builders import System, add_one, device_of, weights
+from tests.contract.faults import Proxy
 from tests.contract.stores import InRedis, array, commit_of, image, state_of
 
 PARAMS = 3000
@@ -71,7 +73,8 @@ def fill(in_redis, revisions=6):
         )  # fmt: skip
         store.record_evaluation(version, {"accuracy": revision / 10})
     store.announce({"rule": "fedbuff", "codec": "int8 | zstd"})
-    in_redis.plain.set(in_redis.key("tag:best"), 3)
+    in_redis.operator().tag("best", 6, 2000.0)
+    in_redis.operator().tag("best", 0, 2001.0)
     in_redis.plain.xdel(in_redis.key("evaluations"), in_redis.plain.xadd(in_redis.key("evaluations"), {"version": 9}))
     return revisions
 
@@ -308,6 +311,78 @@ def test_a_restore_whose_answer_was_lost_is_done_once(in_redis, file, monkeypatc
     restore(flags_of(in_redis), file, replace=True)
     assert answers[0].split()[:2] == answers[1].split()[:2] == ["done", str(6 + REVISIONS_BEYOND)]
     assert in_redis.open().head().revision == 6 + REVISIONS_BEYOND
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("word", [b"SETRANGE", b"HSET", b"ZADD", b"'XADD'", b"XSETID", b"restore "])
+def test_a_round_trip_of_which_the_answer_is_lost_comes_to_the_same_when_repeated(in_redis, file, word):
+    """redis-py sends it again: no byte shifts, no entry comes twice, and the job is installed once."""
+    fill(in_redis)
+    in_redis.open().commit(commit_of(6, 7, image(7), kept={"client:large": os.urandom(3000)}))
+    before = contents(in_redis)
+    backup(settings_of(in_redis), file, force=False)
+    other, proxy = another(in_redis), Proxy(urlsplit(in_redis.url).port)
+    proxy.cut_answer, proxy.cuts_left = word, 2
+    restore({"store_url": f"redis://127.0.0.1:{proxy.port}/0", "job": other.job}, file, replace=False)
+    proxy.close()
+    assert proxy.cuts_left == 0, "the fault struck"
+    after = contents(other)
+    assert but_for_the_restore(after, 7) == but_for_the_restore(before, 7)
+    assert int(after["head"][1][b"revision"]) == 7 + REVISIONS_BEYOND
+    assert len(after["ledger"][1]) == len(before["ledger"][1]) + 1, "one entry of one restore"
+    other.close()
+
+
+def changes(in_redis):
+    """Return how many writes this Redis has seen since it last saved."""
+    return in_redis.plain.info("persistence")["rdb_changes_since_last_save"]
+
+
+def test_a_script_repeated_after_a_lost_answer_writes_something_for_waitaof_to_wait_for(in_redis, file, monkeypatch):
+    """WAIT and WAITAOF wait for the last write of their own connection, and that of the first time is gone."""
+    fill(in_redis)
+    backup(settings_of(in_redis), file, force=False)
+    inner, written = RedisArchive._evaluate, []
+
+    def twice(self, script, argv):
+        inner(self, script, argv)
+        before = changes(in_redis)
+        answer = inner(self, script, argv)
+        written.append(changes(in_redis) - before)
+        return answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RedisStore, "_evaluate", twice)
+        restore(flags_of(in_redis), file, replace=True)
+        revision = in_redis.open().head().revision
+        in_redis.open().commit(commit_of(revision, 7, image(7)))
+    assert len(written) == 2 and min(written) > 0, "the restore, and the commit after it"
+    assert in_redis.open().head().revision == revision + 1
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("model:6:0", lambda plain, key: plain.set(key, b"short", keepttl=True)),
+    ("state:adam_m:0", lambda plain, key: plain.append(key, b"long")),
+    ("ledger", lambda plain, key: plain.xtrim(key, maxlen=2, approximate=False)),
+    ("kept", lambda plain, key: plain.hdel(key, "client:a")),
+    ("applied", lambda plain, key: plain.zremrangebyrank(key, 0, 0)),
+    ("clients", lambda plain, key: plain.delete(key)),
+])  # fmt: skip
+def test_what_is_staged_must_be_whole_when_it_is_installed(in_redis, file, monkeypatch, name, damage):
+    fill(in_redis)
+    backup(settings_of(in_redis), file, force=False)
+    in_redis.open().commit(commit_of(6, 7, image(7)))
+    before, inner = contents(in_redis), RedisArchive._stage_all
+
+    def and_lose(self, prefix, records):
+        staged = inner(self, prefix, records)
+        damage(in_redis.plain, prefix + name)
+        return staged
+
+    monkeypatch.setattr(RedisArchive, "_stage_all", and_lose)
+    with pytest.raises(StoreUnavailable, match=f"was lost before it was used .*{name}.*evicting"):
+        restore(flags_of(in_redis), file, replace=True)
+    assert contents(in_redis) == before
 
 
 def damaged(data, rng):

@@ -474,3 +474,23 @@ def test_a_commit_counts_when_the_replicas_have_it(
         store.close()
         copy.close()
         replica.stop()
+
+
+@pytest.mark.parametrize("denied", ["xadd", "zadd", "hset", "rename", "zremrangebyscore"])
+def test_a_login_that_may_not_do_all_of_a_commit_does_nothing_of_it(servers, job, denied):
+    admin = redis.Redis.from_url(servers.redis.url)
+    admin.execute_command("ACL", "SETUSER", "half", "on", ">half", "~*", "+@all", f"-{denied}")
+    RedisStore(servers.redis.url, job).create(image(0), 0.0)
+    before = {key: admin.dump(key) for key in admin.keys(f"fedmq:{{{job}}}:*")}
+    url = servers.redis.url.replace("redis://", "redis://half:half@")
+    store = RedisStore(url, job)
+    store.check()
+    try:
+        with pytest.raises(
+            SettingsError, match=rf"does not let this login do {denied.upper()} .* nothing was committed"
+        ):
+            store.commit(commit_of(0, 1, image(1), applied={"a/i/0": 0}, arrays={"sum": array(1)}))
+        left = {key: admin.dump(key) for key in admin.keys(f"fedmq:{{{job}}}:*") if b":stage:" not in key}
+        assert left == before
+    finally:
+        admin.execute_command("ACL", "DELUSER", "half")

@@ -185,7 +185,7 @@ def test_help_lists_every_setting(module, kind, tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=20
     )
     listed = set(re.findall(r"--(?!no-)([a-z-]+)", done.stdout))
-    assert listed - {"help"} == {name.replace("_", "-") for name in kind.model_fields}
+    assert listed - {"help", "config", "check"} == {name.replace("_", "-") for name in kind.model_fields}
 
 
 # --- the task and the starting model

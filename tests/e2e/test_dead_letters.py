@@ -315,9 +315,9 @@ def test_copies_of_one_letter_go_together(letters, box):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["drop"], ["say which letters to drop: ids, --all"]),
+        (["drop"], ["say which letters to drop: ids, --all, --reason, --older-than or --client"]),
         (["drop", "--yes"], ["say which letters to drop"]),
-        (["replay"], ["say which letters to replay"]),
+        (["replay"], ["say which letters to replay: ids, --all, --reason or --client"]),
         (["drop", "--all"], ["this would remove 12 letters for good: say --yes"]),
         (["drop", "a/i/1", "--all", "--yes"], ["not both"]),
         (["drop", "--older-than", "soon", "--yes"], ["'soon' is no duration"]),

@@ -248,7 +248,7 @@ def test_a_mistake_is_one_message(fedmq, still_job, arguments, part):
 def test_a_store_that_is_away_is_said(fedmq, still_job, arguments):
     fedmq("backup", "f")
     said = fedmq(*arguments, "--store-url", "redis://127.0.0.1:1/0", code=UNREACHABLE)
-    assert "fedmq: Redis at redis://127.0.0.1:1/0" in said
+    assert "fedmq: cannot reach Redis at redis://127.0.0.1:1/0" in said
 
 
 def test_area_is_refused_with_the_way_out(fedmq, still_job):

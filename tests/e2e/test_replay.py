@@ -1,5 +1,6 @@
 """`fedmq replay` on a job that real servers ran and kill -9 interrupted: every version again, byte for byte."""
 
+import re
 import subprocess
 import sys
 import time
@@ -95,6 +96,7 @@ def test_every_version_of_a_killed_job_comes_about_again_and_what_was_changed_is
     middle = sorted({commit["version"] for commit in told.store.ledger()})[10]
     assert f"{middle} " in told.replay("--version", middle, "--from", "v0.safetensors")
 
+    _nothing_to_compare(told, middle)
     _a_changed_weight(told)
     _a_damaged_version(told, newest)
     _a_flipped_byte(told, records)
@@ -104,6 +106,19 @@ def test_every_version_of_a_killed_job_comes_about_again_and_what_was_changed_is
     )
     assert "no model in this store" in told.replay("--job", "nobody", code=USAGE)
     assert "Redis" in told.replay("--store-url", "redis://127.0.0.1:1/0", code=UNREACHABLE)
+
+
+def _nothing_to_compare(told, middle):
+    """The hashes of versions that are long gone have expired."""
+    stored = told.store.status()["versions"]
+    for version in {commit["version"] for commit in told.store.ledger()}:
+        if version <= middle and version not in stored:
+            told.client.delete(told.key(f"meta:{version}"))
+    said = told.replay("--version", middle, "--from", "v0.safetensors", "--out", "middle.safetensors", code=FAILED)
+    assert f"{middle} " in said and "no hash is left to compare with" in said
+    assert re.search(r"records not read: \d+ applied after the end", said)
+    assert f"wrote the recomputed version {middle} to middle.safetensors" in said
+    assert "updates applied again, but no version on the way has a hash left" in said
 
 
 def _a_changed_weight(told):

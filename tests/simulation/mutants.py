@@ -19,7 +19,7 @@ from aggregator.intake import Intake
 from aggregator.state import State
 from ops.torture.faults import Faults
 from ops.torture.jobs import Job
-from shared.errors import Unavailable
+from shared.errors import Reason, RejectedUpdate, Unavailable
 from shared.store.inprocess import InProcessStore
 from shared.transport.inprocess import InProcessSource
 from worker.outbox import Outbox
@@ -297,6 +297,36 @@ def parts_are_applied_before_all_are_here(patch: Patch) -> None:
     patch(partial, "take", take)
 
 
+def sound_updates_are_rejected_by_the_rule(patch: Patch) -> None:
+    _reject_every_fourth(patch, Reason.RULE)
+
+
+def sound_updates_are_taken_for_attacks(patch: Patch) -> None:
+    _reject_every_fourth(patch, Reason.SUSPICIOUS)
+
+
+def _reject_every_fourth(patch: Patch, reason: Reason) -> None:
+    apply = Intake._apply
+
+    def or_reject(self: Intake, state: State, update: Any, *rest: Any) -> float:
+        if int(update.update_id.rpartition("/")[2]) % 4 == 3:
+            raise RejectedUpdate(reason, "it looks like it")
+        return apply(self, state, update, *rest)
+
+    patch(Intake, "_apply", or_reject)
+
+
+def clients_have_a_share_where_nobody_said_so(patch: Patch) -> None:
+    apply = Intake._apply
+
+    def once(self: Intake, state: State, update: Any, *rest: Any) -> float:
+        if state.contributions_of(update.client):
+            raise RejectedUpdate(Reason.SURPLUS, "it has its share of the open buffer")
+        return apply(self, state, update, *rest)
+
+    patch(Intake, "_apply", once)
+
+
 def refused_mass_is_not_given_back(patch: Patch) -> None:
     patch(Residual, "_take_back", lambda *_: True)
 
@@ -351,6 +381,9 @@ MUTANTS: dict[Callable[[Patch], None], set[str]] = {  # -> who may see it first
     outcomes_are_counted_before_they_are_durable: {"ledger"},
     what_waits_is_never_committed: {"liveness"},
     parts_are_applied_before_all_are_here: {"oracle", "ledger"},
+    sound_updates_are_rejected_by_the_rule: {"ledger"},
+    sound_updates_are_taken_for_attacks: {"ledger"},
+    clients_have_a_share_where_nobody_said_so: {"ledger"},
     refused_mass_is_not_given_back: {"mass"},
     refused_mass_is_given_back_twice: {"mass"},
     a_crash_gives_refused_mass_back_again: {"mass"},

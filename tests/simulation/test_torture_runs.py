@@ -40,6 +40,13 @@ def test_every_promise_is_kept(totals):
     assert min(found.updates[word] for word in ("refused", "rejected", "recovered", "gone")) > SEEDS / 20
 
 
+def test_every_update_is_in_the_account_once(totals):
+    """Also one that was rejected, and applied when its dead letter was sent once more."""
+    updates = totals[0].updates
+    assert totals[0].struck["letter_replayed"] > 0
+    assert updates["made"] == sum(updates[word] for word in ("applied", "refused", "rejected", "gone"))
+
+
 def test_every_fault_strikes(totals):
     found, _ = totals
     assert set(found.struck) <= set(NAMES)

@@ -14,6 +14,7 @@ from ops.simulation import tensorboard
 from ops.simulation.comparison import Outcome, leave_behind, markdown, table_of
 from ops.simulation.experiment import read
 from ops.simulation.summary import numbers_of, spread, summarise
+from ops.tensorboard import check as check_tensorboard
 from shared.errors import SettingsError
 from tests.results import history_of, result_of
 
@@ -180,7 +181,7 @@ def test_when_every_run_failed_there_is_still_a_page(experiment, tmp_path):
 def test_a_missing_tensorboard_is_told_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(SettingsError, match=r"pip install 'fedmq\[tensorboard\]'"):
-        tensorboard.check()
+        check_tensorboard("--tensorboard")
 
 
 def test_event_files_hold_each_evaluation_once(tmp_path):

@@ -357,6 +357,41 @@ def test_a_version_without_a_hash_is_passed_over_and_the_next_one_is_compared(tm
     assert "a/i/0, b/i/1, a/i/2, b/i/3, a/i/4, b/i/5" in differs(past, tmp_path)
 
 
+def test_what_came_after_a_version_in_the_same_commit_is_not_needed_for_it(tmp_path):
+    """Versions 1 and 2 and half of 3 in one commit; a record of that half is gone."""
+    system = recorded(tmp_path, buffer_size=2, commit_interval_s=20.0, commit_age_max_s=30.0)
+    for seed in range(5):
+        system.publish(weights(seed), update_id=f"a/i/{seed}", base_version=0)
+        system.drain()
+    system.aggregator.finish()
+    past = Past(system)
+    assert [[entry["version"] for entry in commit["updates"]] for commit in past.ledger] == [[0, 0, 1, 1, 2]]
+    spoil(tmp_path, "a/i/4")
+    made = recompute(past, tmp_path)
+    assert [(version.version, version.updates) for version in made] == [(2, 4)]
+    assert str(replay_of(past, tmp_path).unread(2)) == "records not read: 1 damaged"
+    spoil(tmp_path, "a/i/3")
+    assert "a/i/3" in differs(past, tmp_path)
+
+
+def test_records_that_a_replay_does_not_look_into_are_counted(tmp_path):
+    system = simple(tmp_path, 9)  # four versions, and half of another
+    system.publish(weights(3), update_id="b/i/3")  # a duplicate under its id, with other bytes
+    system.publish(weights(9), base_version=77, update_id="a/i/77")  # rejected
+    system.drain()
+    system.clock.time_s += 60
+    system.drain()
+    past = Past(system)
+    assert str(replay_of(past, tmp_path).unread(4)) == (
+        "records not read: 1 applied after the end, 1 not applied, or no longer in the ledger"
+    )
+    assert str(replay_of(past, tmp_path, 1).unread(3)) == (
+        "records not read: 2 applied before the start, 3 applied after the end, 1 not applied, or no longer in the "
+        "ledger"
+    )
+    assert str(replay_of(Past(simple(tmp_path / "all", 4)), tmp_path / "all").unread(2)) == "every record was read"
+
+
 # --- where to start from
 
 

@@ -107,6 +107,31 @@ def test_a_worker_takes_part_once_a_round(tmp_path, codec):
         np.testing.assert_allclose(rounds.system.weights, 3 * np.ones(NUM_PARAMS), rtol=1e-6)
 
 
+def test_a_worker_that_waits_reads_each_outcome_once(tmp_path, monkeypatch):
+    """And one that was refused trains again although a training in between came to nothing."""
+    rounds = Rounds(tmp_path, "a", 3)
+    inner, reads = InProcessStore.outcomes, []
+
+    def noted(self, client, after):
+        told, cursor = inner(self, client, after)
+        reads.append((after, len(told)))
+        return told, cursor
+
+    monkeypatch.setattr(InProcessStore, "outcomes", noted)
+    worker = rounds.devices["a"].worker
+    assert rounds.turn("a", corrupt=True)
+    assert worker.begin() is not None, "refused: it may train again"
+    reads.clear()
+    assert worker.begin() is not None, "and again, for nothing came of that"
+    assert rounds.turn("a")
+    after = rounds.system.store.head().revision
+    reads.clear()
+    for _ in range(3):
+        assert not rounds.step("a")
+    assert sum(count for _, count in reads) <= 2, "once for the round, once for the residual"
+    assert reads[-1] == (after, 0)
+
+
 @pytest.mark.parametrize("where", ["outbox", "queue", "open buffer", "committed"])
 def test_it_waits_wherever_its_update_is(tmp_path, where):
     rounds = Rounds(tmp_path, "ab", 2)

@@ -37,6 +37,11 @@ def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     return measure(model, images, labels)
 
 
+def example_input() -> torch.Tensor:
+    """Return what the model takes: any number of images of 64 pixels."""
+    return torch.zeros(2, 64)
+
+
 @lru_cache
 def _data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return training images [n, 64] and labels [n], then the held-out ones."""

@@ -54,6 +54,11 @@ def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     return measure(model, images, labels)
 
 
+def example_input() -> torch.Tensor:
+    """Return what the model takes: any number of images."""
+    return torch.zeros(2, 1, 28, 28)
+
+
 def _idx(name: str) -> npt.NDArray[np.uint8]:
     """Read one IDX file of unsigned bytes."""
     try:

@@ -5,9 +5,9 @@ Source: Maranjyan and Richtarik, arXiv:2509.22860.
 
 import torch
 
-from worker.tasks.mnist import evaluate, train
+from worker.tasks.mnist import evaluate, example_input, train
 
-__all__ = ["build", "evaluate", "train"]
+__all__ = ["build", "evaluate", "example_input", "train"]
 
 
 def build() -> torch.nn.Module:

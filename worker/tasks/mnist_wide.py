@@ -2,9 +2,9 @@
 
 import torch
 
-from worker.tasks.mnist import evaluate, train
+from worker.tasks.mnist import evaluate, example_input, train
 
-__all__ = ["build", "evaluate", "train"]
+__all__ = ["build", "evaluate", "example_input", "train"]
 
 
 def build() -> torch.nn.Module:

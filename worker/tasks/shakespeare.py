@@ -94,6 +94,11 @@ def evaluate(model: torch.nn.Module, context: Context) -> dict[str, float]:
     return {"accuracy": float((scores.argmax(1) == windows[:, 1:]).float().mean()), "loss": float(loss)}
 
 
+def example_input() -> torch.Tensor:
+    """Return what the model takes: any number of windows, as places in `CHARACTERS`."""
+    return torch.zeros(2, EVALUATED_SEQ, dtype=torch.int64)
+
+
 @lru_cache
 def speakers() -> dict[str, npt.NDArray[np.int64]]:
     """Return what each says, as places in `CHARACTERS`, [characters]; those who say most come first.
