@@ -5,6 +5,7 @@
 #
 # make up       start the servers of docker-compose.yml; make up DEMO=1 with workers; make down stops them, data stay
 # make secrets  make the secrets that are missing, renew certificates that end soon; `make up` does it too
+# make renew    the same, and restart what serves with them
 # make roll     restart the aggregators one after the other: updates go on being applied
 # make device NAME=phone   enrol a device and put its file here: phone.toml, mode 0600
 # make password            of Grafana's login admin
@@ -16,7 +17,7 @@ VENV := .venv/installed
 
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: demo test check lint bench servers clean up down secrets roll device password
+.PHONY: demo test check lint bench servers clean up down secrets renew roll device password
 
 demo: $(VENV)
 	$(BIN)/fedmq demo --task $(TASK)
@@ -42,6 +43,10 @@ down:
 
 secrets:
 	$(COMPOSE) run --rm secrets
+
+renew: secrets
+	$(COMPOSE) restart rabbitmq redis evaluator exporter redis-exporter prometheus grafana
+	@bash ops/docker/roll $(COMPOSE)
 
 roll:
 	@bash ops/docker/roll $(COMPOSE)

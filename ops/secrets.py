@@ -27,7 +27,7 @@ from shared.transport.names import EXPORTER, OPERATOR, REDIS_EXPORTER, VHOST, se
 MOUNTED = Path("/run/fedmq")  # where each container sees its folder
 MOUNTED_CA = Path("/run/fedmq-ca")  # where the operator's sees the authority's
 SETTINGS = "fedmq.toml"
-SERVERS = ("rabbitmq", "redis", "prometheus", "grafana")  # each has server.pem, server.key
+SERVERS = ("rabbitmq", "redis", "prometheus", "grafana", "redis-exporter")  # each has server.pem, server.key
 SCRAPED = ("aggregator", "evaluator", "worker", "exporter")  # each has metrics.pem, metrics.key
 CLIENTS = ("aggregator", "evaluator", "exporter", "operator", "redis-exporter")  # each has client.pem, client.key
 FOLDERS = ("ca", *dict.fromkeys((*SERVERS, *SCRAPED, *CLIENTS)))

@@ -22,14 +22,16 @@ ANSWER_S_MAX = 10.0
 ENTRIES_MAX = 10_000  # of Redis' log, read at once
 
 READING = (
-    "exists", "get", "mget", "strlen", "hget", "hmget", "hgetall", "hkeys", "hlen", "hscan", "xrange", "xrevrange",
-    "xlen", "zrange", "zrangebyscore", "zrevrange", "zcard", "zscore", "type", "ttl", "pttl", "time",
+    "exists", "get", "mget", "getrange", "strlen", "hget", "hmget", "hgetall", "hkeys", "hlen", "hscan", "xrange", "xrevrange",
+    "xlen", "zrange", "zrangebyscore", "zrevrange", "zcount", "zcard", "zscore", "type", "ttl", "pttl", "time",
 )  # fmt: skip
 WRITING = (
     "eval", "set", "setrange", "del", "unlink", "rename", "persist", "expire", "pexpire", "hset", "hdel", "xadd",
-    "xtrim", "xdel", "zadd", "zrem", "zremrangebyscore", "zremrangebyrank",
+    "xtrim", "xdel", "zadd", "zrem", "zremrangebyscore", "zremrangebyrank", "multi", "exec", "discard",
 )  # fmt: skip
-PULLING = ("exists", "get", "mget", "hget", "hgetall", "xrange", "zrangebyscore", "time")  # all that a worker sends
+PULLING = (  # all that a worker sends
+    "exists", "get", "mget", "getrange", "strlen", "hget", "hgetall", "xrange", "zrangebyscore", "time",
+)  # fmt: skip
 CONNECTION = ("+@connection", "-@admin", "-@dangerous")  # PING, SELECT, WAIT, WAITAOF; not CLIENT LIST or KILL
 DEVICE_KEYS = ("head", "layout", "job", "snapshots", "deltas", "meta:*", "model:*", "snapshot:*", "delta:*")
 

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
+from ops import authority
 from ops.servers import find_program, free_port
 from shared import metrics_push
 from shared.command import DONE
@@ -181,6 +182,23 @@ def test_the_login_stands_in_the_url_and_in_no_log(tmp_path, caplog):
     assert "not%2Fit" not in caplog.text
     caplog.clear()
     push(metrics_push_url=gateway.url.replace("//", "//fleet:te%2Fst@"))()
+    assert not caplog.text
+    gateway.stop()
+
+
+def test_over_tls_the_gateway_has_to_prove_who_it_is(tmp_path, caplog):
+    signer, _ = authority.make(authority.utc_now())
+    (tmp_path / "ca.pem").write_text(signer.pem)
+    identity = signer.server("gateway", ["localhost"], authority.utc_now())
+    (tmp_path / "server.pem").write_text(identity.certificate)
+    (tmp_path / "server.key").write_text(identity.key)
+    files = f"  cert_file: {tmp_path / 'server.pem'}\n  key_file: {tmp_path / 'server.key'}\n"
+    gateway = Gateway(tmp_path, f"tls_server_config:\n{files}").start()
+    url = f"https://localhost:{gateway.port}"
+    push(metrics_push_url=url)()
+    assert "its certificate is not signed by the authority in FEDMQ_TLS_CA" in caplog.text
+    caplog.clear()
+    push(metrics_push_url=url, tls_ca=str(tmp_path / "ca.pem"))()
     assert not caplog.text
     gateway.stop()
 

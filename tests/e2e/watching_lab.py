@@ -32,6 +32,7 @@ PROGRAMS = ("a0", "a1", "w0", "w1", "evaluator", "exporter")
 def fast_rules(text: str) -> str:
     """Return alert rules with seconds where there were minutes: ranges, offsets and how long an alert pends."""
     text = re.sub(r"\[(\w+)\]", lambda match: f"[{FAST[match[1]]}]", text)
+    text = text.replace("store_failures_total[8s])) > 5", "store_failures_total[8s])) > 0")  # it retries each 6 s
     text = re.sub(r"offset (\w+)", lambda match: f"offset {FAST[match[1]]}", text)
     return re.sub(r"\bfor: \w+", f"for: {FAST_FOR}", text)
 
