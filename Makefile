@@ -53,8 +53,7 @@ roll:
 
 device:
 	@test -n "$(NAME)" || { echo "make device NAME=..."; exit 2; }
-	$(COMPOSE) run --rm operator fedmq devices enroll $(NAME)
-	@(umask 077; set -C; $(COMPOSE) run --rm -T operator cat $(NAME).toml >$(NAME).toml)
+	@(umask 077; set -C; $(COMPOSE) run --rm -T operator fedmq devices enroll $(NAME) --out - >$(NAME).toml || { rm -f $(NAME).toml; exit 1; })
 	@echo "$(NAME).toml is all that the device needs: bring it there by a safe way, then remove it here"
 
 password:

@@ -3,6 +3,7 @@
 All are checked as a whole at start, and every problem stands in one message.
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -458,13 +459,13 @@ def _with_tls(settings: Settings) -> tuple[dict[str, str], list[str]]:
             changed[name] = path
     for name in ("broker_url", "store_url", "metrics_push_url", "broker_admin_url"):
         url = getattr(settings, name, "")
-        if files and name in settings.model_fields_set and urlsplit(url).scheme in ("amqp", "redis"):
+        if files and name in settings.model_fields_set and url.partition("://")[0] in ("amqp", "redis"):
             problems.append(
                 f"{PREFIX}{name.upper()}={hide_password(url)}: certificates are given, but this is without TLS and "
-                f"would send the password in the clear: write {urlsplit(url).scheme}s://"
+                f"would send the password in the clear: write {url.partition('://')[0]}s://"
             )
-        if url:
-            changed[name] = tls.with_files(url, files)
+        with contextlib.suppress(ValueError):  # it is no URL: whoever connects says so
+            changed |= {name: tls.with_files(url, files)} if url else {}
     if bool(settings.metrics_cert) != bool(settings.metrics_key):
         problems.append("FEDMQ_METRICS_CERT and FEDMQ_METRICS_KEY go together: give both")
     return changed, problems

@@ -27,9 +27,9 @@ def with_files(url: str, files: dict[str, str]) -> str:
         url: of a server.
         files: some of `ca_file`, `cert_file`, `key_file`.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
+    if url.partition("://")[0] not in SCHEMES:
         return url
+    parts = urlsplit(url)
     given = parse_qsl(parts.query, keep_blank_values=True)
     added = [(name, path) for name, path in files.items() if name not in dict(given)]
     return urlunsplit(parts._replace(query=urlencode(given + added, quote_via=quote, safe="/"))) if added else url

@@ -264,9 +264,8 @@ printf '   pages drawn, and their charts: %s\n' "$(tr '\n' ' ' <<<"$pages")"
 operator fedmq status
 
 say "a device from outside: enrolled, at work, revoked"
-operator fedmq devices enroll phone >"$work/enrolled" || fail "enrol: $(cat "$log" "$work/enrolled")"
-(umask 077 && operator cat phone.toml >"$work/phone.toml")
-grep -q "127.0.0.1:$AMQPS_PORT\|localhost:$AMQPS_PORT" "$work/phone.toml" || fail "the file does not name the published port"
+(umask 077 && operator fedmq devices enroll phone --out - >"$work/phone.toml") || fail "enrol: $(cat "$log")"
+grep -q "localhost:$AMQPS_PORT" "$work/phone.toml" || fail "the file does not name the published port"
 (cd "$work" && FEDMQ_STATE_DIR=$work/phone exec "${FEDMQ:-fedmq}" worker --config phone.toml --task digits) >"$work/phone.log" 2>&1 &
 device_pid=$!
 phone_seen() { [[ " $(ask clients) " == *" phone "* ]]; }

@@ -61,6 +61,7 @@ EVALUATION = "evaluation:"  # prefix of an evaluator's numbers in meta:<version>
 
 _SET_IF_EXISTS = "if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('HSET', KEYS[1], unpack(ARGV)) end"
 
+
 class Pacing(Protocol):
     """What limits how fast weights are read."""
 

@@ -22,8 +22,9 @@ ANSWER_S_MAX = 10.0
 ENTRIES_MAX = 10_000  # of Redis' log, read at once
 
 READING = (
-    "exists", "get", "mget", "getrange", "strlen", "hget", "hmget", "hgetall", "hkeys", "hlen", "hscan", "xrange", "xrevrange",
-    "xlen", "zrange", "zrangebyscore", "zrevrange", "zcount", "zcard", "zscore", "type", "ttl", "pttl", "time",
+    "exists", "get", "mget", "getrange", "strlen", "hget", "hmget", "hgetall", "hkeys", "hlen", "hscan", "xrange",
+    "xrevrange", "xlen", "zrange", "zrangebyscore", "zrevrange", "zcount", "zcard", "zscore", "type", "ttl", "pttl",
+    "time",
 )  # fmt: skip
 WRITING = (
     "eval", "set", "setrange", "del", "unlink", "rename", "persist", "expire", "pexpire", "hset", "hdel", "xadd",

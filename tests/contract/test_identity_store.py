@@ -120,7 +120,9 @@ def commands_of(operator):
 
 LOOKING = {"info", "config|get"}
 NAMED = {
-    "device": {*redis_acl.PULLING},
+    "device": {
+        "exists", "get", "mget", "getrange", "strlen", "hget", "hgetall", "xrange", "zrangebyscore", "time",
+    },
     "aggregator": {*redis_acl.READING, *redis_acl.WRITING, *LOOKING},
     "evaluator": {*redis_acl.READING, "eval", "hset", "xadd", "info"},
     "exporter": {*redis_acl.READING, *LOOKING, "xadd", "scan", "acl|log", "memory|usage"},

@@ -393,8 +393,9 @@ def running(servers, tmp_path_factory):
         )  # fmt: skip
         store = RedisStore(servers.redis.url, "running-job")
         shown = {  # counted after the commit, the evaluation, the confirm: the last things to happen
-            "aggregator": "\nfedmq_buffer_updates 2.0\n", "evaluator": "\nfedmq_evaluated_version 2.0\n",
-            "worker": 'fedmq_worker_published_total{outcome="confirmed"} 10.0\n',
+            "aggregator": '\nfedmq_buffer_updates{job="running-job"} 2.0\n',
+            "evaluator": '\nfedmq_evaluated_version{job="running-job"} 2.0\n',
+            "worker": 'fedmq_worker_published_total{job="running-job",outcome="confirmed"} 10.0\n',
         }  # fmt: skip
         wait_until(
             lambda: (
@@ -455,7 +456,10 @@ def test_metrics_have_the_names_of_the_contract(running, program):
 
 
 def sample(text, line):
-    """Return the value of a sample."""
+    """Return the value of a sample of the running job."""
+    name, _, labels = line.partition("{")
+    rest = "".join(sorted(label for label in labels.rstrip("}").split(",") if label and not label.startswith("job=")))
+    line = f'{name}{{job="running-job"{"," + rest if rest else ""}}}'
     found = re.search(rf"^{re.escape(line)} (\S+)$", text, re.M)
     assert found, f"no {line} in:\n{text}"
     return float(found[1])

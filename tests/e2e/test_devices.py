@@ -4,37 +4,39 @@ What the servers refuse a login act by act is in tests/contract/test_identity*.p
 """
 
 import json
-import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
-import tomllib
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import pika.exceptions
 import pytest
 
 from ops import authority
+from ops.audit import Collector
 from ops.broker_admin import BrokerAdmin
 from ops.devices import Devices
-from ops.private_file import toml
 from ops.secured_servers import SecuredServers
-from shared.command import DONE, FAILED, UNREACHABLE, USAGE
-from shared.errors import BrokerUnavailable, SettingsError, Unavailable
+from shared.command import DONE, FAILED, USAGE
+from shared.errors import SettingsError, Unavailable
 from shared.model_image import ModelImage
 from shared.store.redis import RedisStore
-from shared.store.redis_registry import AuditLog, DeviceRegistry
+from shared.store.redis_acl import RedisDenials
+from shared.store.redis_registry import AuditLog
+from shared.transport.audit import AuditQueue
+from shared.transport.rabbitmq import RabbitSink
 from tests.contract.faults import wait_until
 from tests.e2e.conftest import clean_environment
-from tests.secured_fixture import JOB, OTHER, enrolled, operator_settings, secured, urls_of
+from tests.secured_fixture import JOB, amqp, enrolled, operator_settings, secured, urls_of
 
 __all__ = ["secured"]
 
@@ -101,14 +103,332 @@ def test_a_device_joins_with_one_file_trains_and_is_thrown_out(site):
     assert file.stat().st_mode & 0o777 == 0o600
     worker = site.worker(file)
     wait_until(lambda: site.applied("cam-1") >= 3, 30, worker.log)
-    assert "job-a.cam-1" in site.fedmq("devices", "show", "cam-1", "--job", JOB)
+    shown = site.fedmq("devices", "show", "cam-1", "--job", JOB)
+    assert "job-a.cam-1, at RabbitMQ and Redis" in shown
+    assert re.search(r"last seen +20\d\d-", shown)
+    assert re.search(r"connections +127\.0\.0\.1", shown)
 
     started = time.monotonic()
-    site.fedmq("devices", "revoke", "cam-1", "--job", JOB, "--yes")
+    assert Devices(operator_settings(site.servers)).revoke(JOB, "cam-1")
     assert site.admin.connections("job-a.cam-1") == []
-    print(worker.log(), worker.popen.poll())
-    wait_until(lambda: "refuses" in worker.log(), CLOSED_S_MAX, worker.log)
+    wait_until(lambda: "refuses this login or password" in worker.log(), CLOSED_S_MAX, worker.log)
     assert time.monotonic() - started < CLOSED_S_MAX
-    time.sleep(20)
-    print(worker.log(), worker.popen.poll())
-    assert 0
+    assert "CONNECTION_FORCED - user 'job-a.cam-1' is deleted" in worker.log()
+    worker.kill()
+    count = site.applied("cam-1")
+    again = site.worker(file)
+    assert again.wait() == USAGE
+    assert "refuses: invalid username-password pair" in again.log()
+
+    assert re.search(r"cam-1 +job-a .*revoked 20", site.fedmq("devices", "list", "--job", JOB))
+    site.fedmq("devices", "enroll", "cam-1", "--job", JOB, "--out", "back.toml")
+    back = site.worker(site.folder / "back.toml")
+    wait_until(lambda: site.applied("cam-1") > count, 30, back.log)
+    assert site.log("job-a.cam-1") == ["enrolled", "revoked", "enrolled"]
+
+
+def test_a_device_with_a_new_password_goes_on_and_the_old_file_is_of_no_use(site):
+    old = enrolled(site.servers, site.folder, "cam-2")
+    site.aggregator()
+    worker = site.worker(old)
+    wait_until(lambda: site.applied("cam-2") >= 1, 30, worker.log)
+    site.fedmq("devices", "rotate", "cam-2", "--job", JOB, "--out", "new.toml")
+    wait_until(lambda: "refuses this login or password" in worker.log(), CLOSED_S_MAX, worker.log)
+    worker.kill()
+    count = site.applied("cam-2")
+    for url, connect in zip(urls_of(old), (reach_broker, reach_store), strict=True):
+        with pytest.raises(SettingsError, match="refuses"):
+            connect(url)
+    new = site.worker(site.folder / "new.toml")
+    wait_until(lambda: site.applied("cam-2") > count, 30, new.log)
+    assert site.log("job-a.cam-2") == ["enrolled", "rotated"]
+
+
+def test_what_an_operator_may_get_wrong_is_said(site):
+    site.fedmq("devices", "enroll", "cam-3", "--job", JOB)
+    for arguments, says in (
+        (("enroll", "cam-3"), "cam-3 is enrolled in job job-a since 20"),
+        (("enroll", "cam.3"), "'cam.3' is no name of a device: it must be of [A-Za-z0-9_-]{1,64}"),
+        (("enroll", "cam-4", "--out", "cam-3.toml"), "cam-3.toml exists: move it away, or give another --out"),
+        (("enroll", "cam-4", "--out", "no/where.toml"), "no/where.toml cannot be written: No such file or directory"),
+        (("enroll", "cam-4", "--store-host", "a b"), "'a b' is not of the form HOST:PORT"),
+        (
+            ("rotate", "cam-4", "--out", "x.toml"),
+            "cam-4 is not enrolled in job job-a: `fedmq devices enroll cam-4`; did you mean job-a.cam-3",
+        ),
+        (("revoke", "cam-33", "--yes"), "there is no device cam-33 of job job-a; did you mean job-a.cam-3"),
+    ):
+        assert says in site.fedmq("devices", *arguments, "--job", JOB, code=USAGE), arguments
+    assert site.fedmq("devices", "revoke", "cam-3", "--job", JOB, code=FAILED, answer="n\n").endswith("[y/N]: ")
+    assert sorted(path.name for path in site.folder.glob("*.toml")) == ["cam-3.toml"]
+    assert "is revoked, its connections are closed" in site.fedmq("devices", "revoke", "cam-3", "--job", JOB, "--yes")
+    assert "was revoked before" in site.fedmq("devices", "revoke", "cam-3", "--job", JOB, "--yes")
+
+
+# Where it breaks off
+
+
+class Cut(BaseException):
+    """The program ends here."""
+
+
+@pytest.fixture
+def devices(secured):
+    devices = Devices(operator_settings(secured))
+    yield devices
+    devices.close()
+
+
+def works(file):
+    """Tell whether a device gets in everywhere with its file."""
+    broker_url, store_url = urls_of(file)
+    reach_broker(broker_url)
+    reach_store(store_url)
+    return True
+
+
+STEPS = ["_broker.put", "_store.put", "_registry.put", "file", "end"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_enrolment_that_breaks_off_is_mended_by_another_or_a_revocation(devices, tmp_path, monkeypatch, step):
+    for number, mend in enumerate(("enroll", "revoke")):
+        name, file = f"dev-{STEPS.index(step)}-{number}", tmp_path / f"{mend}.toml"
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            cut(devices, patch, step)
+            devices.enroll(JOB, name, file, False, None, None)
+        if file.exists():
+            assert works(file), "a device either works or has no file"
+        assert not list(tmp_path.glob(".*")), "a password is left behind"
+        if mend == "enroll":
+            file.unlink(missing_ok=True)
+            devices.enroll(JOB, name, file, False, None, None)
+            assert works(file)
+        if step != "_registry.put":
+            assert devices.revoke(JOB, name)
+            assert not devices._broker.exists(f"{JOB}.{name}")
+            assert f"{JOB}.{name}" not in devices._store.names()
+            assert devices._registry.get(f"{JOB}.{name}")["state"] == "revoked"
+
+
+def cut(devices, patch, step):
+    """Have the program end at a step of an enrolment."""
+
+    def end(*_given, **_more):
+        raise Cut
+
+    if step == "file":
+        patch.setattr("ops.private_file.PreparedFile.place", end)
+    elif step == "end":
+        todo = iter((devices._registry.put, end))
+        patch.setattr(devices._registry, "put", lambda *given: next(todo)(*given))
+    else:
+        part, method = step.split(".")
+        patch.setattr(getattr(devices, part), method, end)
+
+
+@pytest.mark.parametrize("gone", ["broker", "store"])
+def test_a_device_half_gone_is_revoked_whole(devices, secured, tmp_path, gone):
+    name = f"half-{gone}"
+    enrolled(secured, tmp_path, name)
+    login = f"{JOB}.{name}"
+    (devices._broker if gone == "broker" else devices._store).delete(login)
+    assert devices.revoke(JOB, name)
+    assert not devices.revoke(JOB, name)
+    assert not devices._broker.exists(login)
+    assert login not in devices._store.names()
+
+
+def test_a_device_that_the_registry_forgot_is_revoked_too(devices, secured, tmp_path):
+    enrolled(secured, tmp_path, "lost")
+    devices._registry._redis.hdel("fedmq:installation:devices", f"{JOB}.lost")
+    assert devices.revoke(JOB, "lost")
+    assert not devices._broker.exists(f"{JOB}.lost")
+
+
+def test_a_server_that_is_down_does_not_keep_the_other_from_throwing_a_device_out(devices, secured, tmp_path):
+    file = enrolled(secured, tmp_path, "bad")
+    settings = operator_settings(secured)
+    nowhere = settings.broker_admin_url.replace(str(secured.admin_port), "1")
+    without = Devices(settings.model_copy(update={"broker_admin_url": nowhere}))
+    with pytest.raises(Unavailable, match=r"RabbitMQ may still let bad in: cannot reach .*; revoke it again"):
+        without.revoke(JOB, "bad")
+    without.close()
+    with pytest.raises(SettingsError, match="refuses"):
+        reach_store(urls_of(file)[1])
+    assert devices.revoke(JOB, "bad")
+
+
+def test_logins_outlive_a_restart_of_redis(secured, tmp_path):
+    file = enrolled(secured, tmp_path, "lasting")
+    secured.redis.stop()
+    secured.redis.start()
+    assert works(file)
+
+
+def test_two_who_enrol_the_same_device_at_once_do_not_both_win(devices, secured, tmp_path, monkeypatch):
+    other = Devices(operator_settings(secured))
+    put = devices._store.put
+
+    def meanwhile(*given):
+        put(*given)
+        other.enroll(JOB, "twice", tmp_path / "other.toml", False, None, None)
+
+    monkeypatch.setattr(devices._store, "put", meanwhile)
+    with pytest.raises(SettingsError, match="being changed by somebody else"):
+        devices.enroll(JOB, "twice", tmp_path / "mine.toml", False, None, None)
+    other.close()
+    assert [path.name for path in tmp_path.glob("*.toml")] == ["other.toml"]
+    assert works(tmp_path / "other.toml")
+
+
+# The audit log
+
+
+def test_failed_logins_and_refusals_appear_in_the_audit_log(site):
+    file = enrolled(site.servers, site.folder, "nosy")
+    url = site.servers.url("exporter", "store_url")
+    collector = Collector(AuditQueue(site.servers.url("exporter", "broker_url")), RedisDenials(url), AuditLog(url))
+    collector._queue.link.wait_ready(30)
+    collector.step()
+    broker_url, store_url = urls_of(file)
+    for given, reach in ((broker_url, reach_broker), (store_url, reach_store)):
+        with pytest.raises(SettingsError):
+            reach(given.replace("nosy:", "nosy:x"))
+    connection = amqp(site.servers, broker_url)
+    with pytest.raises(pika.exceptions.ChannelClosedByBroker):
+        connection.channel().queue_purge(f"fedmq.updates.{JOB}")
+    connection.close()
+    with pytest.raises(SettingsError, match="no permissions"):
+        RedisStore(store_url, JOB).announce({"codec": "none"})
+    moved = []
+    wait_until(lambda: moved.append(collector.step()) or sum(moved) >= 4, 10, lambda: moved)
+    assert collector.step() == 0
+    collector.close()
+    lines = site.fedmq("devices", "log", "--since", "1h")
+    for line in (
+        r"login_failed job-a.nosy  invalid credentials, from 127.0.0.1:\d+$",
+        r"login_failed job-a.nosy  wrong login or password, from 127.0.0.1:\d+( \(\d times\))?$",
+        r"refused +job-a.nosy  queue.purge: access to queue 'fedmq.updates.job-a' in vhost 'fedmq' refused for user",
+        r"refused +job-a.nosy  command hset, from 127.0.0.1:\d+$",
+    ):
+        assert len(re.findall(line, lines, re.M)) == 1, lines
+    only = [json.loads(line) for line in site.fedmq("devices", "log", "--kind", "refused", "--json").splitlines()]
+    assert {event["source"] for event in only if event["login"] == "job-a.nosy"} == {"rabbitmq", "redis"}
+    again = Collector(AuditQueue(site.servers.url("exporter", "broker_url")), RedisDenials(url), AuditLog(url))
+    again._queue.link.wait_ready(30)
+    assert again.step() == 0, "a restart writes nothing twice"
+    again.close()
+
+
+# TLS
+
+
+def reach_broker(url):
+    """Return when RabbitMQ lets us in; raises what a worker's user would be told."""
+    sink = RabbitSink(url, "cam")
+    try:
+        sink.link.wait_ready(4)
+    finally:
+        sink.close()
+
+
+def reach_store(url):
+    """The same of Redis."""
+    client = RedisStore(url, JOB)
+    try:
+        client.head()
+    finally:
+        client.close()
+
+
+def told(url):
+    """Return what a user of this URL is told."""
+    with pytest.raises((Unavailable, SettingsError)) as caught:
+        (reach_broker if url.startswith("amqp") else reach_store)(url)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("server", ["broker", "store"])
+class TestTls:
+    @pytest.fixture
+    def url(self, secured, tmp_path, server):
+        name = f"tls-{server}-{uuid.uuid4().hex[:6]}"
+        return urls_of(enrolled(secured, tmp_path, name))[server == "store"]
+
+    def test_an_authority_that_did_not_sign(self, url, tmp_path):
+        (tmp_path / "wrong.pem").write_text(authority.make(authority.utc_now())[0].pem)
+        wrong = re.sub("ca_file=.*", f"ca_file={tmp_path}/wrong.pem", url)
+        assert "; its certificate is not signed by the authority in FEDMQ_TLS_CA" in told(wrong)
+
+    def test_no_authority(self, url):
+        assert "; its certificate is not signed by the authority in FEDMQ_TLS_CA" in told(url.partition("?")[0])
+
+    def test_another_host_name(self, url):
+        text = told(url.replace("@localhost", "@127.1"))
+        assert "Hostname mismatch, certificate is not valid for '127.1'" in text
+        mend = "its certificate is for another host name: use the name it was made for, or make it anew with this one"
+        assert text.endswith(f"; {mend}")
+
+    def test_no_tls_at_all(self, url):
+        plain = url.partition("?")[0].replace("amqps:", "amqp:").replace("rediss:", "redis:")
+        assert "Connection reset by peer" in told(plain)
+
+    def test_an_expired_certificate(self, secured, url, tmp_path):
+        signer = authority.read(secured.secrets / "ca")
+        past = authority.utc_now() - timedelta(days=authority.SERVER_DAYS + 3)
+        with stand_in(signer.server("old", ["localhost"], past), tmp_path) as port:
+            old = re.sub(r"@localhost:\d+", f"@localhost:{port}", url)
+            assert "; its certificate has expired, or this machine's clock is wrong: it is 20" in told(old)
+
+    def test_no_password_in_any_of_it(self, url):
+        password = url.split(":")[2].split("@")[0]
+        for wrong in (url.partition("?")[0], url.replace("@localhost", "@127.1")):
+            assert password not in told(wrong)
+
+
+def test_certificates_without_tls_are_refused_before_anything_is_sent(site):
+    file = enrolled(site.servers, site.folder, "plain")
+    text = file.read_text().replace("amqps:", "amqp:").replace("rediss:", "redis:")
+    file.write_text(text)
+    worker = site.worker(file)
+    assert worker.wait() == USAGE
+    assert "without TLS and would send the password in the clear: write amqps://" in worker.log()
+
+
+@contextmanager
+def stand_in(identity: authority.Identity, folder: Path) -> Iterator[int]:
+    """Answer on a port with a certificate, and say nothing more; yield the port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    (folder / "stand.pem").write_text(identity.certificate + identity.key)
+    context.load_cert_chain(folder / "stand.pem")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with suppress(OSError):
+                        context.wrap_socket(connection, server_side=True).close()
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def test_mutual_tls_lets_in_who_has_a_certificate_and_nobody_else(tmp_path):
+    with SecuredServers((JOB,), mutual=True) as servers:
+        urls = urls_of(enrolled(servers, tmp_path, "cam", certificate=True))
+        reach_broker(urls[0])
+        reach_store(urls[1])
+        bare = [re.sub("&(cert|key)_file=[^&]*", "", url) for url in urls]
+        for url in bare:
+            assert "; it asks for a client certificate: FEDMQ_TLS_CERT and FEDMQ_TLS_KEY" in told(url)
+        stranger = authority.make(authority.utc_now())[0].client("job-a.cam", authority.utc_now())
+        (tmp_path / "cam.cert").write_text(stranger.certificate)
+        (tmp_path / "cam.key").write_text(stranger.key)
+        for url in urls:
+            assert "; it does not accept our client certificate's authority: check FEDMQ_TLS_CERT" in told(url)
+        assert works(enrolled(servers, tmp_path, "other", certificate=True))

@@ -44,7 +44,7 @@ def event(text):
             "access to vhost 'other' refused for user 'job.cam'",
             "refused", "job.cam", "access to vhost 'other' refused for user 'job.cam', from 10.0.0.7:5",
         ),
-        ("HTTP access denied: user 'x' - invalid credentials", "login_failed", "x", "management API: invalid credentials"),
+        ("HTTP access denied: user 'x' - bad password", "login_failed", "x", "management API: bad password"),
         ("HTTP access denied: user 'x' - Not management user", "refused", "x", "management API: Not management user"),
     ],
 )  # fmt: skip

@@ -329,12 +329,6 @@ def test_the_next_connection_acks_again(source):
     assert source._channel.acked == [(1, True)]
 
 
-def test_a_queue_that_is_deleted_is_declared_anew_though_another_is_used_as_it_is(source):
-    for code, name in ((406, f"fedmq.dead.{JOB}"), (406, f"fedmq.updates.{JOB}"), (404, f"fedmq.updates.{JOB}")):
-        source._on_down(BrokerUnavailable(f"RabbitMQ at here: {code} IT_SAYS - queue '{name}' in vhost 'fedmq'"))
-    assert source._passive == {f"fedmq.dead.{JOB}"}
-
-
 def test_a_delivery_stands_for_what_was_published(source):
     assert source.deliveries[0] == Delivery(b"body", "a", None, "a/i/1", (0, 1))
 
