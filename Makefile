@@ -53,7 +53,8 @@ roll:
 
 device:
 	@test -n "$(NAME)" || { echo "make device NAME=..."; exit 2; }
-	@(umask 077; set -C; $(COMPOSE) run --rm -T operator fedmq devices enroll $(NAME) --out - >$(NAME).toml || { rm -f $(NAME).toml; exit 1; })
+	@test ! -e "$(NAME).toml" || { echo "$(NAME).toml exists: move it away first"; exit 2; }
+	@(umask 077; $(COMPOSE) run --rm -T operator fedmq devices enroll $(NAME) --out - >$(NAME).toml || { rm -f $(NAME).toml; exit 1; })
 	@echo "$(NAME).toml is all that the device needs: bring it there by a safe way, then remove it here"
 
 password:

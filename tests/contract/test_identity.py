@@ -45,6 +45,8 @@ BROKER_ACTS = {
     "publish with another case": publish(names.EXCHANGE, OWN_KEY.upper()),
     "publish for another job": publish(names.EXCHANGE, names.routing_key(OTHER, DEVICE)),
     "publish with more words": publish(names.EXCHANGE, f"{OWN_KEY}.x"),
+    "publish with letters before": publish(names.EXCHANGE, f"x{OWN_KEY}"),
+    "publish with words before": publish(names.EXCHANGE, f"x.{OWN_KEY}"),
     "publish with a line feed": publish(names.EXCHANGE, f"{OWN_KEY}\n"),
     "publish with no key": publish(names.EXCHANGE, ""),
     "publish to dead letters": publish(names.DEAD_EXCHANGE, OWN_KEY),

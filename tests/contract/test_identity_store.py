@@ -154,6 +154,17 @@ def test_redis_lets_nobody_use_another_command_than_those_named(installation, wh
     operator.close()
 
 
+def test_a_devices_keys_could_not_be_written_even_if_a_command_could(installation):
+    operator = store(installation.servers, installation.store_url("operator"))
+    login = urlsplit(installation.store_url(DEVICE)).username
+    told = operator.acl_getuser(login)
+    assert len(told["keys"]) == len(OWN) + 2
+    assert all(pattern.startswith(f"%R~{OURS}") for pattern in told["keys"])
+    assert not told["channels"]
+    assert not told["selectors"]
+    operator.close()
+
+
 @pytest.mark.parametrize("who", ["aggregator", "evaluator", "exporter", "redis-exporter"])
 @pytest.mark.parametrize(
     "command",

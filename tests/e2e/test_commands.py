@@ -436,7 +436,11 @@ CONTRACT = {  # design, section 5
     "evaluator": {"fedmq_evaluation": "gauge"},
 }  # fmt: skip
 BEYOND = {
-    "aggregator": {"fedmq_published_bytes_total": "counter"},
+    "aggregator": {
+        "fedmq_published_bytes_total": "counter", "fedmq_commits_total": "counter",
+        "fedmq_store_failures_total": "counter", "fedmq_last_commit_timestamp_seconds": "gauge",
+        "fedmq_model_parameters": "gauge", "fedmq_serving": "gauge", "fedmq_update_norm": "histogram",
+    },
     "worker": {
         "fedmq_worker_task_failures_total": "counter", "fedmq_worker_pulls_total": "counter",
         "fedmq_worker_downlink_mismatches_total": "counter", "fedmq_worker_residual_norm": "gauge",

@@ -144,7 +144,7 @@ class Lab:
         alerts = self.get("/api/v1/alerts")["data"]["alerts"]
         return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
 
-    def until_firing(self, *names: str, timeout_s: float = 60.0) -> None:
+    def until_firing(self, *names: str, timeout_s: float = 120.0) -> None:
         """Wait until each of these alerts has fired since this call."""
         missing = set(names)
 
@@ -154,7 +154,7 @@ class Lab:
 
         self.until(all_seen, timeout_s, lambda: f"did not fire: {', '.join(sorted(missing))}")
 
-    def until_clear(self, *names: str, timeout_s: float = 60.0) -> None:
+    def until_clear(self, *names: str, timeout_s: float = 120.0) -> None:
         """Wait until none of these alerts fires."""
         still: set[str] = set(names)
 

@@ -249,7 +249,7 @@ def test_ids_of_64_characters_work_everywhere_and_of_65_nowhere(chars):
 
 
 def test_enormous_times_and_metrics_leave_every_record_readable():
-    """Nothing is computed from them but a latency, which is cut at 0; all of it stays plain JSON, without NaN."""
+    """Nothing is computed from them but a latency, left out where it is absurd; all stays plain JSON, without NaN."""
     system = system_of(buffer_size=1)
     names = {"\0\x1b[2J": 1.7e308, "\u202e" * 64: -1.7e308, "": 2**64 - 1, "loss": 5e-324, "[/bold]": 1}
     for sequence, seconds in enumerate((1e308, 2**64 - 1, 0, 5e-324)):
@@ -266,7 +266,8 @@ def test_enormous_times_and_metrics_leave_every_record_readable():
         json.loads(text, parse_constant=refuse)
     samples = [s for metric in system.metrics.registry.collect() for s in metric.samples]
     assert all(math.isfinite(sample.value) for sample in samples)
-    assert {s.value for s in samples if s.name == "fedmq_update_latency_seconds_count"} == {4.0}
+    counted = {s.value for s in samples if s.name == "fedmq_update_latency_seconds_count"}
+    assert counted == {2.0}, "two were made in a future beyond all clocks'"
 
 
 def test_a_checksum_as_a_float_of_the_same_value_is_the_same_number():

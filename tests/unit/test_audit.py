@@ -2,7 +2,8 @@
 
 import pytest
 
-from ops.audit import Seen, of_denial, of_line
+from ops.audit import Collector, Seen, of_denial, of_line
+from shared.errors import StoreUnavailable
 from shared.store.redis_acl import Denial, _denial
 from shared.store.redis_registry import Event
 from shared.transport.audit import LINE_BYTES_MAX, LogLine, plain
@@ -162,3 +163,64 @@ def test_entries_of_redis_7_0_and_7_2_are_read():
     assert old.key != _denial(FIELDS | {"object": "y"}, 104.5).key
     new = _denial(FIELDS | {"entry-id": "0", "timestamp-created": "99000", "timestamp-last-updated": "100500"}, 0.0)
     assert (new.at, new.key) == (100.5, "0@99000")
+
+
+# The collector
+
+
+class Servers:
+    """RabbitMQ's queue, Redis' log and the audit log in one, which can be away."""
+
+    def __init__(self, lines, denials=()):
+        self.lines, self.denials, self.written, self.acked = list(lines), list(denials), [], []
+        self.away, self.reconnects, self.link = False, [], self
+
+    def take(self, limit):
+        return self.lines[:limit]
+
+    def ack(self, lines):
+        self.acked += lines
+        self.lines = self.lines[len(lines) :]
+
+    def reconnect(self, why):
+        self.reconnects.append(why)
+
+    def read(self):
+        return self.denials
+
+    def newest(self, count):
+        return self.written[-count:]
+
+    def append(self, events):
+        if self.away:
+            raise StoreUnavailable("away")
+        self.written += events
+
+
+LINE = LogLine("HTTP access denied: user 'x' - bad", 5.0, (0, 1))
+
+
+def test_what_cannot_be_written_is_not_acked_and_comes_again():
+    servers = Servers([LINE, LogLine("hum", 5.0, (0, 2))], [denial()])
+    collector = Collector(servers, servers, servers)
+    servers.away = True
+    with pytest.raises(StoreUnavailable):
+        collector.step()
+    assert (servers.acked, len(servers.reconnects)) == ([], 1)
+    servers.away = False
+    assert collector.step() == 2
+    assert [tag for _, tag in (line.tag for line in servers.acked)] == [1, 2], "what is no event is forgotten too"
+    assert [event.source for event in servers.written] == ["rabbitmq", "redis"]
+    assert collector.step() == 0
+
+
+def test_a_store_that_goes_away_between_the_two_loses_nothing_of_redis_log():
+    servers = Servers([], [denial()])
+    collector = Collector(servers, servers, servers)
+    read = servers.read
+    servers.read = lambda: setattr(servers, "away", True) or read()
+    with pytest.raises(StoreUnavailable):
+        collector.step()
+    servers.away, servers.read = False, read
+    assert collector.step() == 1
+    assert collector.step() == 0

@@ -27,6 +27,7 @@ def test_a_device_publishes_under_its_own_key_alone(job, client, key):
     pattern = roles.device(job, client).topics[names.EXCHANGE].write
     assert fits(pattern, own)
     assert fits(pattern, key) == (key == own)
+    assert not any(fits(pattern, near) for near in (f"x{own}", f"x.{own}", f"{own}x", f"{own}.x", f"{own}\n", own[:-1]))
 
 
 @given(IDS, IDS)
