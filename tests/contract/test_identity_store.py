@@ -215,6 +215,7 @@ def test_who_only_looks_changes_nothing(installation, who, key):
     client = store(installation.servers, installation.store_url(who))
     assert not refused_by_redis(client, "HGETALL", key)
     assert refused_by_redis(client, "HSET", key, "version", 9)
+    assert refused_by_redis(client, "XADD", f"{OURS}ledger", "*", "a", "b")  # which both may, elsewhere
     assert refused_by_redis(client, "EVAL", f"return redis.call('HSET', '{key}', 'version', 9)", 1, key)
     client.close()
 
