@@ -58,7 +58,7 @@ device:
 	@echo "$(NAME).toml is all that the device needs: bring it there by a safe way, then remove it here"
 
 password:
-	@$(COMPOSE) exec grafana cat /run/fedmq/admin_password; echo
+	@$(COMPOSE) exec -T grafana cat /run/fedmq/admin_password; echo
 
 servers:
 	@bash ops/install_servers.sh

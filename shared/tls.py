@@ -107,8 +107,13 @@ def as_file(text: str, name: str) -> str:
     return str(path)
 
 
-def hint(error: BaseException) -> str:
-    """Return what to do about a failed handshake; "" where the error is none or speaks for itself."""
+def hint(error: BaseException, url: str = "") -> str:
+    """Return what to do about a failed handshake; "" where the error is none or speaks for itself.
+
+    Args:
+        error: what the socket said.
+        url: of the server, where it is known whether it was spoken to over TLS.
+    """
     text = str(error).lower()
     hints = {
         "hostname mismatch": "its certificate is for another host name: use the name it was made for, or make it anew "
@@ -120,7 +125,12 @@ def hint(error: BaseException) -> str:
         f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; set up NTP",
         "certificate verify failed": "its certificate is not signed by the authority in FEDMQ_TLS_CA",
         "wrong version number": "it speaks no TLS on this port: check the port, or write amqp:// or redis://",
+        "alert certificate expired": "our client certificate has expired: `fedmq devices rotate` makes another",
+        "eof occurred": "it hung up in the handshake; it may ask for a client certificate: FEDMQ_TLS_CERT, FEDMQ_TLS_KEY",
         "certificate required": "it asks for a client certificate: FEDMQ_TLS_CERT and FEDMQ_TLS_KEY",
         "unknown ca": "it does not accept our client certificate's authority: check FEDMQ_TLS_CERT",
     }
+    scheme = url.partition("://")[0]
+    if scheme in ("amqp", "redis"):
+        hints["reset by peer"] = f"if it speaks TLS alone, write {scheme}s:// and its port for that"
     return next((mend for sign, mend in hints.items() if sign in text), "")

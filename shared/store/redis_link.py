@@ -1,6 +1,7 @@
 """The connection to Redis: its timeouts, and redis-py's errors as ours."""
 
 import contextlib
+import inspect
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,11 @@ from shared import keepalive, tls
 from shared.errors import SettingsError, StoreUnavailable
 from shared.urls import check_port, hide_password
 
+NAMELESS: dict[str, Any] = (  # redis-py 7 and newer, or older
+    {"driver_info": None}
+    if "driver_info" in inspect.signature(redis.Redis.__init__).parameters
+    else {"lib_name": None, "lib_version": None}
+)
 CONNECT_S_MAX = 2.5  # tried three times
 READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
 
@@ -33,7 +39,8 @@ def connect(url: str, answer_s_max: float) -> Any:
             plain, **_certificates(plain, files), socket_connect_timeout=CONNECT_S_MAX, socket_timeout=answer_s_max,
             socket_read_size=READ_BYTES, socket_keepalive=True,
             socket_keepalive_options=keepalive.numbered(),
-            protocol=2,  # no client name, no PING: a login that may only read has neither
+            protocol=2,  # no client name, no PING, no library's name: a login that may only read has none of them
+            **NAMELESS,
             retry=Retry(ExponentialWithJitterBackoff(cap=0.5, base=0.05), 2),
         )  # fmt: skip
         client.connection_pool.make_connection()  # connects to nothing, but an unknown ?option shows here
@@ -70,7 +77,7 @@ def translated(url: str) -> Iterator[None]:
 
 def _unavailable(error: Exception, url: str) -> StoreUnavailable:
     """Say whether it cannot be reached at all, and what to do."""
-    shown, mend = hide_password(url), tls.hint(error)
+    shown, mend = hide_password(url), tls.hint(error, url)
     if isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError):
         cause = next((e for e in (error.__cause__, error.__context__) if isinstance(e, OSError) and e.strerror), error)
         reason = getattr(cause, "strerror", None) or str(error)

