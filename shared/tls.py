@@ -126,7 +126,7 @@ def hint(error: BaseException, url: str = "") -> str:
         "certificate verify failed": "its certificate is not signed by the authority in FEDMQ_TLS_CA",
         "wrong version number": "it speaks no TLS on this port: check the port, or write amqp:// or redis://",
         "alert certificate expired": "our client certificate has expired: `fedmq devices rotate` makes another",
-        "eof occurred": "it hung up in the handshake; it may ask for a client certificate: FEDMQ_TLS_CERT, FEDMQ_TLS_KEY",
+        "eof occurred": "it hung up in the handshake: perhaps it asks for a certificate of ours, FEDMQ_TLS_CERT",
         "certificate required": "it asks for a client certificate: FEDMQ_TLS_CERT and FEDMQ_TLS_KEY",
         "unknown ca": "it does not accept our client certificate's authority: check FEDMQ_TLS_CERT",
     }
