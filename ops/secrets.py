@@ -29,7 +29,7 @@ MOUNTED_CA = Path("/run/fedmq-ca")  # where the operator's sees the authority's
 SETTINGS = "fedmq.toml"
 SERVERS = ("rabbitmq", "redis", "prometheus", "grafana", "redis-exporter")  # each has server.pem, server.key
 SCRAPED = ("aggregator", "evaluator", "worker", "exporter")  # each has metrics.pem, metrics.key
-CLIENTS = ("aggregator", "evaluator", "exporter", "operator", "redis-exporter")  # each has client.pem, client.key
+CLIENTS = ("aggregator", "evaluator", "exporter", "operator", "redis-exporter", "redis")  # each has client.pem, client.key
 FOLDERS = ("ca", *dict.fromkeys((*SERVERS, *SCRAPED, *CLIENTS)))
 PER_JOB = ("aggregator", "evaluator")
 

@@ -36,7 +36,7 @@ class Delivery:
 
     Attributes:
         body: what was published.
-        client: last word of the routing key.
+        client: last word of the routing key; "" when that is not a key of this job.
         user_id: login the broker vouches for, None when the publisher named none.
         update_id: AMQP message_id, "" when missing.
         tag: the adapter's own handle.

@@ -39,6 +39,8 @@ INBOX_BYTES_LOW = 2**21  # ... until 2 MiB are left: receiving and folding take 
 PAUSE_S = 0.2
 DETAIL_CHARS_MAX = 1000  # an AMQP header
 BACKOFF_S_MAX = 4.0  # between two attempts of an aggregator to connect: there are only one or two
+NOBODY = ""  # client of a message that came by another key than this job's: no update's client is that
+UNKNOWN = "unknown"  # its dead letter's
 BURY_S_MAX = 3.0  # how long `close` waits for dead letters to be confirmed
 
 
@@ -223,7 +225,10 @@ class RabbitSource:
 
     def _on_message(self, _channel: Channel, method: Any, properties: Any, body: bytes) -> None:
         self._open[method.delivery_tag] = False
-        client = text(method.routing_key).rsplit(".", 1)[-1]
+        key = text(method.routing_key)
+        client = key.rsplit(".", 1)[-1]
+        if key != routing_key(self._job, client):  # RabbitMQ 3 checks the key a login may use, not the header CC
+            client = NOBODY
         tag = (self._epoch, method.delivery_tag)
         headers, is_part = properties.headers or {}, properties.type == PART
         crc32 = headers.get(HEADER_CRC32)
@@ -288,7 +293,7 @@ class RabbitSource:
             type=PART if delivery.is_part else "update",
             headers={HEADER_REASON: reason, HEADER_DETAIL: detail},
         )
-        key = routing_key(self._job, delivery.client)
+        key = routing_key(self._job, delivery.client or UNKNOWN)
         self._dead_channel.basic_publish(DEAD_EXCHANGE, key, delivery.body, properties, mandatory=True)
 
     def _on_dead_return(self, _channel: Channel, method: Any, _properties: Any, _body: bytes) -> None:

@@ -123,8 +123,14 @@ def _attempt(
 
         def closed(_trial: Channel, error: Any) -> None:
             code = getattr(error, "reply_code", None)
-            if not answered and code in (REFUSED, MISSING, DIFFERENT):
+            if answered:
+                return
+            if code in (REFUSED, MISSING, DIFFERENT):
                 refused(code, str(error.reply_text))
+            elif (
+                channel.is_open and channel.connection.is_open
+            ):  # on the one whose end ends the connection, for its reason
+                action(channel, lambda _frame: done())
 
         trial.add_on_close_callback(closed)
         action(trial, succeeded)

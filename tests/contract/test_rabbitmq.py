@@ -819,3 +819,29 @@ def test_a_replayed_message_and_a_part_are_told_from_others(rabbit: Rabbit, job:
         channel.basic_publish(EXCHANGE, f"update.{job}.a", b"again", headers)
     [replayed] = receive(source, 1)
     assert (ordinary.replayed, replayed.replayed) == (False, True)
+
+
+@pytest.mark.parametrize("header", ["CC", "BCC"])
+def test_what_came_by_another_jobs_key_is_nobodys(rabbit: Rabbit, job: str, header: str) -> None:
+    """RabbitMQ 3 compares the routing key with what a login may use, not the keys in these headers."""
+    source, other = rabbit.source(job), f"{job}-other"
+    with plain_channel(rabbit.url) as channel:
+        properties = pika.BasicProperties(headers={header: [routing_key(job, "victim")]})
+        channel.basic_publish(EXCHANGE, routing_key(other, "cam"), b"from outside", properties)
+    [delivery] = receive(source, 1)
+    assert delivery.client == ""
+    refuse(source, delivery, Reason.CLIENT, "published under the key of ''")
+    wait_until(lambda: [letter.body for letter in rabbit.letters(job)] == [b"from outside"])
+
+
+def test_a_queue_that_somebody_else_has_is_waited_for(servers: PrivateServers, rabbit: Rabbit, job: str) -> None:
+    with plain_channel(servers.rabbitmq.url) as channel:
+        channel.queue_declare(queue(job), exclusive=True)
+        source = RabbitSource(servers.rabbitmq.url, job, 8)
+        try:
+            with pytest.raises(BrokerUnavailable, match="405 RESOURCE_LOCKED"):
+                source.link.wait_ready(5)
+            channel.connection.close()
+            source.link.wait_ready(20)
+        finally:
+            source.close()
