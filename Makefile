@@ -47,6 +47,7 @@ secrets:
 renew: secrets
 	$(COMPOSE) restart rabbitmq redis evaluator exporter redis-exporter prometheus grafana
 	@bash ops/docker/roll $(COMPOSE)
+	@bash ops/docker/renew-workers $(COMPOSE)
 
 roll:
 	@bash ops/docker/roll $(COMPOSE)

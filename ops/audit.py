@@ -4,40 +4,49 @@ RabbitMQ publishes its log (log.exchange), Redis keeps a list of its own (ACL LO
 the login of somebody who is let in is taken only from where the server itself writes it.
 """
 
+import contextlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
 
+from ops.audit_window import Window
+from shared.errors import FedMQError
 from shared.store.redis_acl import Denial, RedisDenials
-from shared.store.redis_registry import AuditLog, Event, Kind
+from shared.store.redis_registry import AclLog, AuditLog, Event, Kind
 from shared.transport.audit import AuditQueue, LogLine
 
 LINES_MAX = 256  # of RabbitMQ's log in one step
-REMEMBERED = 1000  # events of the audit log, looked at when starting: what stands there is not written again
 SAME_S = 0.5  # Redis 7.0 tells the age of an entry, to which the way of the answer adds
 RABBITMQ, REDIS = "rabbitmq", "redis"
 
-# Anchored: a connection's name, a queue's and a routing key stand in these texts as their sender chose them, line feeds
-# and quotes included, but the address stands before them all, and who was refused at the very end.
-_ADDRESS = re.compile(r"\A[^(\n]*\((\S+) -> ")
-_LOGIN_REFUSED = re.compile(r"\AError on .*^\S+ login refused: user '(.*)' - ([^'\n]*)\Z", re.S | re.M)
-_HTTP_DENIED = re.compile(r"\AHTTP access denied: (?:user '(.*)' - )?([^'\n]*)\Z", re.S)
-_REFUSED = re.compile(r"(?:.*^operation (\S+) caused [^\n]*?: )?([^:\n]*? refused for user '([\w.-]+)')\Z", re.S | re.M)
-_IMPOSTOR = re.compile(r"^operation (\S+) caused .*?: (user_id .*authenticated user was '([\w.-]+)')\Z", re.S | re.M)
+# Strangers choose most of a text, and patterns take time that grows with its square: they see its two ends alone. Every
+# pattern is anchored: a connection's name, a queue's and a routing key stand in these texts as their sender chose them,
+# line feeds and quotes included, but the address stands before them all, and who was refused at the very end.
+HEAD_CHARS, TAIL_CHARS = 512, 1024  # a queue's name and a routing key have at most 255
+_ADDRESS = re.compile(r"[^(]*\((\S+) -> ")
+_LOGIN_REFUSED = re.compile(r"Error on .*^\S+ login refused: user '(.*)' - ([^'\n]*)", re.S | re.M)
+_HTTP_DENIED = re.compile(r"HTTP access denied: (?:user '(.*)' - )?([^'\n]*)", re.S)
+_REFUSED = re.compile(r"(?:.*: )?([^:]* refused for user '([\w.-]+)')")  # of the last line
+_IMPOSTOR = re.compile(r"user_id .*authenticated user was '([\w.-]+)'", re.S)
+_OPERATION = re.compile(r"^operation (\S+) caused ", re.M)
 
 
 class Collector:
-    """Moves what both servers refused into the audit log; each at least once.
+    """Moves what both servers refused into the audit log; each at least once, but see the repeated in audit_window.py.
 
     Args:
         queue: RabbitMQ's log.
         denials: Redis' log.
         audit: where they go.
+        clock: seconds.
     """
 
-    def __init__(self, queue: AuditQueue, denials: RedisDenials, audit: AuditLog) -> None:
-        self._queue, self._denials, self._audit = queue, denials, audit
-        self._seen: Seen | None = None
+    def __init__(
+        self, queue: AuditQueue, denials: RedisDenials, audit: AuditLog, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._queue, self._denials, self._audit, self._clock = queue, denials, audit, clock
+        self._seen: AclLog | None = None
+        self._window = Window()
 
     def step(self) -> int:
         """Move what is there now; return the number of events.
@@ -49,7 +58,7 @@ class Collector:
         lines = self._queue.take(LINES_MAX)
         try:
             events = [event for line in lines if (event := of_line(line)) is not None]
-            self._audit.append(events)
+            self._write(events)
         except BaseException:
             self._queue.link.reconnect("what was taken could not be written")  # it comes again
             raise
@@ -57,73 +66,80 @@ class Collector:
         return len(events) + self._from_redis()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Write what was counted, and close all connections."""
+        with contextlib.suppress(FedMQError):
+            self._audit.append(self._window.close())
         self._queue.close()
         self._denials.close()
         self._audit.close()
 
     def _from_redis(self) -> int:
         if self._seen is None:
-            self._seen = Seen.of(self._audit.newest(REMEMBERED))
-        fresh = self._seen.fresh(self._denials.read())
-        self._audit.append([event for event, _ in fresh])
-        for _, denial in fresh:
-            self._seen.note(denial)
-        return len(fresh)
+            self._seen = self._audit.seen()
+        events, seen = moved(self._denials.read(), self._seen)
+        self._write(events, None if seen == self._seen else seen)
+        self._seen = seen
+        return len(events)
+
+    def _write(self, events: Sequence[Event], seen: AclLog | None = None) -> None:
+        window = self._window.copy()
+        written = window.add(events, self._clock())
+        if written or seen is not None:
+            self._audit.append(written, seen)
+        self._window = window  # not before: what could not be written comes again
 
 
-@dataclass
-class Seen:
-    """What of Redis' log stands in the audit log already.
+def moved(denials: Sequence[Denial], seen: AclLog) -> tuple[list[Event], AclLog]:
+    """Return what of Redis' log is new, as events that count only what is new.
 
-    Attributes:
-        entries: key of an entry -> how often it had happened, and when last, unix seconds.
+    Args:
+        denials: the log, the oldest first.
+        seen: what of it was moved before.
+
+    Returns:
+        The events, and `seen` of the next time: of what is in the log now, so it is no longer than that.
     """
-
-    entries: dict[str, tuple[int, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, events: Sequence[Event]) -> "Seen":
-        """Read it from the audit log's newest events, the oldest first."""
-        seen = cls()
-        for event in events:
-            if event.source == REDIS and event.ref:
-                key, _, total = event.ref.rpartition(" ")
-                seen.entries[key] = (int(total), event.at)
-        return seen
-
-    def fresh(self, denials: Sequence[Denial]) -> list[tuple[Event, Denial]]:
-        """Return what is new, as events that count only what is new."""
-        now: dict[str, tuple[int, float]] = dict(self.entries)
-        found: list[tuple[Event, Denial]] = []
-        for denial in denials:
-            count, at = now.get(denial.key, (0, 0.0))
-            grown = denial.count - count
-            if denial.at < at - SAME_S or (denial.at <= at + SAME_S and grown <= 0):
-                continue
-            fresh = grown if grown > 0 else denial.count  # fewer than before: Redis has begun to count anew
-            now[denial.key] = (denial.count, denial.at)
-            if not _is_noise(denial):
-                found.append((of_denial(denial, fresh), denial))
-        return found
-
-    def note(self, denial: Denial) -> None:
-        """Remember that an entry is in the audit log."""
-        self.entries[denial.key] = (denial.count, denial.at)
+    known: AclLog = dict(seen)
+    found: list[Event] = []
+    for denial in denials:
+        count, at = known.get(denial.key, (0, 0.0))
+        grown = denial.count - count
+        if denial.at < at - SAME_S or (denial.at <= at + SAME_S and grown <= 0):
+            continue
+        fresh = grown if grown > 0 else denial.count  # fewer than before: Redis has begun to count anew
+        known[denial.key] = (denial.count, denial.at)
+        if not _is_noise(denial):
+            found.append(of_denial(denial, fresh))
+    return found, {denial.key: known[denial.key] for denial in denials}
 
 
 def of_line(line: LogLine) -> Event | None:
     """Return what an event of RabbitMQ's log says about a failed login or a refusal, None: it is about neither."""
-    address = _ADDRESS.search(line.text)
+    text = line.text
+    if len(text) > HEAD_CHARS + TAIL_CHARS:
+        text = f"{text[:HEAD_CHARS]} ... {text[-TAIL_CHARS:]}"
+    address = _ADDRESS.match(text.partition("\n")[0])
     origin = f", from {address[1]}" if address else ""
-    if found := _IMPOSTOR.search(line.text) or _REFUSED.search(line.text):
-        operation = f"{found[1]}: " if found[1] else ""
-        return Event(Kind.REFUSED, found[3], f"{operation}{found[2]}{origin}", RABBITMQ, line.at)
-    if found := _LOGIN_REFUSED.search(line.text):
-        return Event(Kind.LOGIN_FAILED, found[1], f"{found[2]}{origin}", RABBITMQ, line.at)
-    if found := _HTTP_DENIED.search(line.text):
-        kind = Kind.REFUSED if "Not management user" in found[2] else Kind.LOGIN_FAILED
-        return Event(kind, found[1] or "", f"management API: {found[2]}", RABBITMQ, line.at)
+    if found := _refused(text):
+        return Event(Kind.REFUSED, found[0], f"{found[1]}{origin}", RABBITMQ, line.at)
+    if matched := _LOGIN_REFUSED.fullmatch(text):
+        return Event(Kind.LOGIN_FAILED, matched[1], f"{matched[2]}{origin}", RABBITMQ, line.at)
+    if matched := _HTTP_DENIED.fullmatch(text):
+        kind = Kind.REFUSED if "Not management user" in matched[2] else Kind.LOGIN_FAILED
+        return Event(kind, matched[1] or "", f"management API: {matched[2]}", RABBITMQ, line.at)
+    return None
+
+
+def _refused(text: str) -> tuple[str, str] | None:
+    """Return who was refused, and what."""
+    last = text.rpartition("\n")[2]
+    if found := _REFUSED.fullmatch(last):
+        operation = _OPERATION.match(last)
+        return found[2], f"{operation[1]}: {found[1]}" if operation else found[1]
+    operation = _OPERATION.search(text)
+    start = text.find(": user_id ", operation.end()) if operation else -1
+    if operation and start >= 0 and (found := _IMPOSTOR.fullmatch(text, start + 2)):
+        return found[1], f"{operation[1]}: {found[0]}"
     return None
 
 
@@ -132,8 +148,7 @@ def of_denial(denial: Denial, count: int) -> Event:
     kind = Kind.LOGIN_FAILED if denial.reason == "auth" else Kind.REFUSED
     what = "wrong login or password" if denial.reason == "auth" else f"{denial.reason} {denial.object}"
     origin = f", from {denial.address}" if denial.address else ""
-    ref = f"{denial.key} {denial.count}"
-    return Event(kind, denial.login, f"{what}{origin}", REDIS, denial.at, count, ref)
+    return Event(kind, denial.login, f"{what}{origin}", REDIS, denial.at, count)
 
 
 def _is_noise(denial: Denial) -> bool:

@@ -65,9 +65,10 @@ class BrokerAdmin:
         return str((overview or {}).get("rabbitmq_version", "?"))
 
     def put(self, role: BrokerRole, password: str) -> None:
-        """Make a login, or give it another password and these permissions alone; connections made before stay.
+        """Make a login, or give it another password and these permissions; connections made before stay.
 
-        It may publish only at the end: never is there a moment in which its key is not pinned.
+        A new one may publish only at the end: never is there a moment in which its key is not pinned. One that was
+        there has its former permissions until then, and keeps any on exchanges and virtual hosts not named here.
         """
         user = {"password": password, "tags": ",".join(role.tags)}
         self._call("PUT", f"users/{_part(role.login)}", user)

@@ -78,15 +78,15 @@ def list_devices(
     with _devices(config, job) as (devices, _):
         rows = devices.known(job)
         if as_json:
-            for record, client in rows:
-                print(json.dumps(record | {"seen": client and client.get("seen")}))
+            for record, client, alive in rows:
+                print(json.dumps(record | {"seen": client and client.get("seen"), "still_let_in_by": alive}))
             return
         table = Table(box=None, pad_edge=False, header_style="dim")
         for title in ("name", "job", "enrolled", "last seen", "state"):
             table.add_column(title, no_wrap=title != "state")
         now = time.time()
-        for record, client in rows:
-            table.add_row(*_row(record, client, now))
+        for record, client, alive in rows:
+            table.add_row(*_row(record, client, alive, now))
         if rows:
             Console().print(table)
         else:
@@ -182,14 +182,15 @@ def make(
     """Make what is missing of an installation's secrets, and renew certificates that end within 30 days."""
     with exit_codes():
         _needs_cryptography()
-        from ops import authority, secrets
+        from ops import authority, certificates, secrets
 
         owners = dict(_owner(text) for text in owner or ())
         wanted = secrets.Wanted(folder, tuple(job), tuple(host or ()), owners, broker, store, admin, in_place)
         done = secrets.make(wanted, authority.utc_now())
         for line in done:
             print(line)
-        print(f"{folder}: {f'{len(done)} things done; restart the services they belong to' if done else 'all there'}")
+        made = sum(certificates.KEPT not in line for line in done)
+        print(f"{folder}: {f'{made} things done; restart the services they belong to' if made else 'all there'}")
 
 
 def _owner(text: str) -> tuple[str, tuple[int, int]]:
@@ -200,18 +201,19 @@ def _owner(text: str) -> tuple[str, tuple[int, int]]:
     return name, (int(user), int(group or user))
 
 
-def _row(record: dict[str, Any], client: dict[str, Any] | None, now: float) -> tuple[str, ...]:
+def _row(record: dict[str, Any], client: dict[str, Any] | None, alive: list[str], now: float) -> tuple[str, ...]:
     from ops.devices import shown
 
     seen = "never" if client is None else f"{shown(client['seen'])}"
-    return record["client"], record["job"], shown(record["enrolled_at"]), seen, _state(record, now)
+    return record["client"], record["job"], shown(record["enrolled_at"]), seen, _state(record, now, alive)
 
 
-def _state(record: dict[str, Any], now: float) -> str:
+def _state(record: dict[str, Any], now: float, alive: list[str]) -> str:
     from ops.devices import ENROLLING, REVOKED, shown
 
     if record["state"] == REVOKED:
-        return f"revoked {shown(record['revoked_at'])}"
+        outlives = f", but {' and '.join(alive)} still {'lets' if len(alive) == 1 else 'let'} it in: revoke it again"
+        return f"revoked {shown(record['revoked_at'])}{outlives if alive else ''}"
     if record["state"] == ENROLLING:
         return "enrolment broke off: enroll it again, or revoke it"
     ends = record.get("certificate_ends_at")
@@ -228,7 +230,7 @@ def _facts(name: str, job: str, standing: "Standing") -> list[tuple[str, str]]:
     have, lack = [[server for server, there in logins.items() if there is which] for which in (True, False)]
     facts = [
         ("device", f"{name} of job {job}"),
-        ("state", _state(record, time.time()) if record else "not in the registry: revoke it, or enroll it anew"),
+        ("state", _state(record, time.time(), have) if record else "not in the registry: revoke it, or enroll it anew"),
         ("login", f"{job}.{name}, at {' and '.join(have) or 'neither server'}"),
         ("connections", ", ".join(str(c.get("name")) for c in standing.connections) or "none at RabbitMQ"),
         ("last seen", shown(standing.client["seen"]) if standing.client else "never: no update of it was received"),

@@ -5,10 +5,16 @@ logins are made, the file gets its name, the record says `enrolled`. Broken off 
 knows the password: enrol again, or revoke. After that the device works; enrolling it again, with another --out, gives
 it another password. *Rotate*: the same, and a rotation broken off is mended by another. *Revoke*: both servers are
 asked, also when one does not answer or has no such login; the record says `revoked` only when both have none.
+
+Two at once: a record is written only in the place of the one that was read. Who revokes begins anew, who enrols or
+rotates and finds the device revoked meanwhile takes its logins back. A login that outlives its record all the same, as
+somebody was killed right there, is shown by `list` and `show`.
 """
 
 import difflib
 import getpass
+import ipaddress
+import logging
 import os
 import secrets
 import socket
@@ -28,14 +34,18 @@ from shared.config import OperatorSettings
 from shared.errors import FedMQError, SettingsError, Unavailable
 from shared.messages import ID
 from shared.store.redis_acl import RedisLogins, device_rules
-from shared.store.redis_registry import AuditLog, DeviceRegistry, Event, Kind
+from shared.store.redis_registry import AuditLog, Changed, DeviceRegistry, Event, Kind
 from shared.transport.names import device_login
+from shared.urls import PORTS, hide_password
 
 ENROLLING, ENROLLED, REVOKED = "enrolling", "enrolled", "revoked"
-PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
 PORT_MAX = 65535
+ATTEMPTS_MAX = 10  # to revoke a device that somebody else is changing
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+Server = BrokerAdmin | RedisLogins
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,7 @@ class Devices:
         self._store = RedisLogins(settings.store_url)
         self._registry = DeviceRegistry(settings.store_url)
         self._audit = AuditLog(settings.store_url)
+        self._servers: dict[str, Server] = {"RabbitMQ": self._broker, "Redis": self._store}
 
     def enroll(
         self, job: str, name: str, out: Path, certificate: bool, broker_host: str | None, store_host: str | None
@@ -131,8 +142,6 @@ class Devices:
         record = {key: before[key] for key in ("job", "client", "enrolled_at", "broker", "store")}
         record["rotated_at"] = time.time()
         self._issue(login, before, record, out, certificate or "certificate_ends_at" in before)
-        self._broker.close_connections(login)
-        self._store.close_connections(login)
         self._note(Kind.ROTATED, login, f"file {out.name}")
 
     def revoke(self, job: str, name: str) -> bool:
@@ -143,30 +152,39 @@ class Devices:
             Unavailable: a server does not answer; the other one was asked. Revoke again.
         """
         login = _login(job, name)
-        before = self._registry_or_none(login)
-        ended: list[bool] = []
-        problems: list[FedMQError] = []
-        for server, delete in (("RabbitMQ", self._broker.delete), ("Redis", self._store.delete)):
+        gone = dict.fromkeys(self._servers, False)
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            before = self._registry_or_none(login)
+            self._delete(login, name, gone)
+            if before is None and not any(gone.values()):
+                raise SettingsError(f"there is no device {name} of job {job}{self._near(login)}")
+            if before is not None and before["state"] == REVOKED and not any(gone.values()):
+                return False
+            known = before or {"job": job, "client": name, "enrolled_at": None}
             try:
-                ended.append(delete(login))
-            except (Unavailable, SettingsError) as error:
-                problems.append(type(error)(f"{server} may still let {name} in: {error}; revoke it again"))
-        if problems:
-            raise type(problems[0])("; ".join(str(problem) for problem in problems))
-        if before is None and not any(ended):
-            raise SettingsError(f"there is no device {name} of job {job}{self._near(login)}")
-        if before is not None and before["state"] == REVOKED and not any(ended):
-            return False
-        known = before or {"job": job, "client": name, "enrolled_at": None}
-        self._registry.put(login, before, known | {"state": REVOKED, "revoked_at": time.time()})
-        self._note(Kind.REVOKED, login, "" if all(ended) else "half of it was gone already")
+                self._registry.put(login, before, known | {"state": REVOKED, "revoked_at": time.time()})
+                break
+            except Changed:  # its logins may have been made anew
+                if attempt == ATTEMPTS_MAX:
+                    raise
+        self._note(Kind.REVOKED, login, "" if all(gone.values()) else "half of it was gone already")
         return True
 
-    def known(self, job: str | None) -> list[tuple[Record, dict[str, Any] | None]]:
-        """Return the record of every device, of one job or of all, and what its job's aggregator knows of it."""
-        records = [record for record in self._registry.all().values() if job in (None, record["job"])]
-        clients = {job: self._registry.clients(job) for job in {str(record["job"]) for record in records}}
-        return [(record, clients[record["job"]].get(record["client"])) for record in records]
+    def known(self, job: str | None) -> list[tuple[Record, dict[str, Any] | None, list[str]]]:
+        """Return the record of every device, of one job or of all.
+
+        Returns:
+            Records, each with what its job's aggregator knows of it, and the servers that let it in though it is
+            revoked; of a server that does not answer, none.
+        """
+        records = {login: one for login, one in self._registry.all().items() if job in (None, one["job"])}
+        clients = {job: self._registry.clients(job) for job in {str(record["job"]) for record in records.values()}}
+        revoked = {login for login, record in records.items() if record["state"] == REVOKED}
+        alive = {name: self._alive(server, revoked) for name, server in self._servers.items()}
+        return [
+            (record, clients[record["job"]].get(record["client"]), [name for name in alive if login in alive[name]])
+            for login, record in records.items()
+        ]
 
     def standing(self, job: str, name: str) -> Standing:
         """Return everything that is known of a device.
@@ -206,12 +224,46 @@ class Devices:
             self._registry.put(login, before, begun)
             self._broker.put(roles.device(record["job"], record["client"]), password)
             self._store.put(login, password, device_rules(record["job"], record["client"]))
+            for server in self._servers.values():  # of the password before, also when nobody writes what comes next
+                server.close_connections(login)
             file.place()
             try:
                 self._registry.put(login, begun, record | {"state": ENROLLED})
-            except SettingsError:  # somebody else's password is in force
+            except Changed:
                 out.unlink()
+                self._take_back(login)
                 raise
+
+    def _take_back(self, login: str) -> None:
+        """End the logins just made if the device was revoked meanwhile; else somebody else's password is in force."""
+        record = self._registry.get(login)
+        if record is not None and record["state"] != REVOKED:
+            return
+        self._delete(login, login.partition(".")[2], dict.fromkeys(self._servers, False))
+        raise SettingsError(f"{login} was revoked meanwhile: it has no login")
+
+    def _delete(self, login: str, name: str, gone: dict[str, bool]) -> None:
+        """End a device's logins at both servers, note which had one.
+
+        Raises:
+            FedMQError: a server could not be asked; the other one was.
+        """
+        problems: list[FedMQError] = []
+        for title, server in self._servers.items():
+            try:
+                gone[title] |= server.delete(login)
+            except (Unavailable, SettingsError) as error:
+                problems.append(type(error)(f"{title} may still let {name} in: {error}; revoke it again"))
+        if problems:
+            raise type(problems[0])("; ".join(str(problem) for problem in problems))
+
+    def _alive(self, server: Server, logins: set[str]) -> set[str]:
+        """Return which of these a server lets in; none when it does not answer."""
+        try:
+            return logins & server.names() if logins else set()
+        except (Unavailable, SettingsError) as error:
+            log.warning("not shown is who of the revoked is still let in: %s", error)
+            return set()
 
     def _sign(self, login: str) -> authority.Identity:
         if not self._settings.ca_dir:
@@ -280,19 +332,30 @@ def _address(given: str | None, url: str) -> str:
     """Return HOST:PORT that a device is to use.
 
     Raises:
-        SettingsError: what was given is none.
+        SettingsError: what was given is none, or the operator's URL is of another kind.
     """
     parts = urlsplit(url)
+    if parts.scheme not in PORTS or not parts.hostname:
+        raise SettingsError(f"{hide_password(url)!r} is no URL that a device could use: amqps://... or rediss://...")
     usual = PORTS[parts.scheme]
     if given is None:
         known = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         return f"{known}:{parts.port or usual}"
     host, colon, port = given.rpartition(":") if not given.endswith("]") else ("", "", "")
     host, port = (host, port) if colon else (given, str(usual))
-    is_address = host.startswith("[") and host.endswith("]")  # IPv6
-    if not (is_address or authority.is_host(host)) or not port.isdecimal() or not 0 < int(port) <= PORT_MAX:
+    is_number = port.isascii() and port.isdecimal() and len(port) <= len(str(PORT_MAX))
+    if not (_is_ipv6(host) or authority.is_host(host)) or not is_number or not 0 < int(port) <= PORT_MAX:
         raise SettingsError(f"{given!r} is not of the form HOST:PORT")
     return f"{host}:{port}"
+
+
+def _is_ipv6(host: str) -> bool:
+    """Tell whether a text is an address in brackets."""
+    try:
+        ipaddress.IPv6Address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return host.startswith("[") and host.endswith("]")
 
 
 def _user() -> str:

@@ -4,6 +4,7 @@ import time
 
 from rich.console import Console
 
+from ops.handshake import certificate_end
 from shared.command import DONE, FAILED
 from shared.config import WorkerSettings
 from shared.errors import SettingsError
@@ -14,6 +15,7 @@ from worker.check import Group, broker, clock, fits, job, report
 from worker.task import Context, Task, read
 
 CONNECT_S = 6.0
+SOON_DAYS = 21.0  # as the alert CertificateNearEnd
 
 
 def examine(settings: WorkerSettings) -> int:
@@ -25,6 +27,7 @@ def examine(settings: WorkerSettings) -> int:
         [("queues", lambda: _queues(settings))],
         [("store", lambda: f"Redis {RedisStore(settings.store_url, settings.job, durable=False).check()}")],
         [("durability", lambda: _durability(settings))],
+        [("certificate", lambda: _certificates(settings))],
         [("clock", lambda: clock(store))],
         [("job", lambda: job(store, settings.job))],
     ]
@@ -45,6 +48,25 @@ def _queues(settings: WorkerSettings) -> str:
 def _durability(settings: WorkerSettings) -> str:
     RedisStore(settings.store_url, settings.job).check()
     return "a commit is on disk before it is acknowledged"
+
+
+def _certificates(settings: WorkerSettings) -> str:
+    """Say when the servers' certificates end."""
+    now, days = time.time(), {}
+    for name, url in (("RabbitMQ", settings.broker_url), ("Redis", settings.store_url)):
+        try:
+            end = certificate_end(url, now)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{name}'s certificate cannot be looked at: {error}") from error
+        if end is not None:
+            days[name] = (end - now) / 86_400
+    soon = [f"{name}'s in {left:.0f} days" for name, left in days.items() if left < SOON_DAYS]
+    if soon:
+        raise SettingsError(
+            f"certificates end soon: {', '.join(soon)}; then nobody can connect. `make renew`, or `fedmq secrets make` "
+            "and restart the servers"
+        )
+    return ", ".join(f"{name}'s good for {left:.0f} days" for name, left in days.items()) or "none: without TLS"
 
 
 def _task(settings: WorkerSettings, store: RedisStore) -> str:

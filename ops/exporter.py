@@ -4,6 +4,7 @@ One a installation. Its login can only read; nothing it does slows a job down: a
 all clients of a job, page by page, at each third of them or more rarely.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from ops.audit import Collector
 from ops.exporter_metrics import Fleet, Found, Installation, count_fleet
 from ops.handshake import certificate_end
+from shared import tls
 from shared.command import stop_on_signals
 from shared.config import ExporterSettings
 from shared.errors import FedMQError, SettingsError
@@ -21,7 +23,7 @@ from shared.logs import log_to_stderr
 from shared.metrics import serve
 from shared.store.redis_acl import RedisDenials
 from shared.store.redis_registry import AuditLog
-from shared.store.redis_watch import JobFacts, RedisWatch, is_revoked
+from shared.store.redis_watch import JobFacts, RedisWatch, is_enrolled
 from shared.transport.audit import AuditQueue
 from shared.transport.link import Link
 
@@ -78,11 +80,11 @@ class Observer:
         return Found(time.monotonic(), True, self._watch.durable(), jobs, self._fleets)
 
     def _count(self, jobs: dict[str, JobFacts]) -> dict[str, Fleet]:
-        enrolled: dict[str, dict[str, float]] = {job: {} for job in jobs}
+        enrolled: dict[str, dict[str, float | None]] = {job: {} for job in jobs}
         for login, record in self._watch.devices():
             job, _, client = login.partition(".")
-            if job in enrolled and not is_revoked(record):
-                enrolled[job][client] = float(record.get("enrolled_at") or 0.0)
+            if job in enrolled and is_enrolled(record):
+                enrolled[job][client] = record.get("certificate_ends_at")
         now, silent_s = time.time(), self._settings.silent_s
         return {
             job: count_fleet(self._watch.clients(job), enrolled[job], int(facts.head["version"]), now, silent_s)
@@ -90,16 +92,33 @@ class Observer:
         }
 
 
-def look_at_certificates(settings: ExporterSettings, shown: Installation) -> None:
-    """Note when the certificates of broker and store end; those of a server that does not answer stay as they were."""
-    for server, url in (("rabbitmq", settings.broker_url), ("redis", settings.store_url)):
-        try:
-            end = certificate_end(url, time.time())
-        except (OSError, ValueError) as error:
-            log.warning("the certificate of %s cannot be seen: %s", server, error)
-            continue
-        if end is not None:
-            shown.certificates[server] = end
+class Certificates:
+    """Looks when the certificates of broker, store and our own port end.
+
+    What our port shows was made together with those of aggregators, evaluators and workers, and stands for them.
+    """
+
+    def __init__(self, settings: ExporterSettings, shown: Installation) -> None:
+        self._urls, self._shown = {"rabbitmq": settings.broker_url, "redis": settings.store_url}, shown
+        if settings.metrics_cert:
+            with contextlib.suppress(ValueError):  # said by whoever connects
+                ca = {name: file for name, file in tls.without_files(settings.store_url)[1].items() if name == "ca_file"}
+                self._urls["exporter"] = tls.with_files(f"https://localhost:{settings.metrics_port}", ca)
+        self._problems: dict[str, str] = {}
+
+    def look(self) -> None:
+        """Note their ends; that of a server that does not answer stays as it was, which is said once."""
+        for server, url in self._urls.items():
+            problem = ""
+            try:
+                end = certificate_end(url, time.time())
+                if end is not None:
+                    self._shown.certificates[server] = end
+            except (OSError, ValueError) as error:
+                problem = str(error)
+            if problem and problem != self._problems.get(server):
+                log.warning("the certificate of %s cannot be seen: %s", server, problem)
+            self._problems[server] = problem
 
 
 class Auditor:
@@ -179,7 +198,7 @@ def run(settings: ExporterSettings) -> None:
         certificates_s = min(CERTIFICATES_EVERY_S, CERTIFICATES_EVERY * settings.refresh_s)
         threads = [
             every(settings.refresh_s, stop, observer.look, "store"),
-            every(certificates_s, stop, lambda: look_at_certificates(settings, shown), "certificates"),
+            every(certificates_s, stop, Certificates(settings, shown).look, "certificates"),
             every(min(AUDIT_EVERY_S, settings.refresh_s), stop, auditor.step, "audit"),
         ]
         stop.wait()

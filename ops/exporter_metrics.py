@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from shared.store.redis_watch import JobFacts
 
 SEEN = {"1m": 60.0, "10m": 600.0, "1h": 3600.0, "1d": 86_400.0, "ever": float("inf")}
-BEHIND = {"0": 0, "1": 1, "2-3": 3, "4-10": 10, "11-30": 30, "31-100": 100, "over 100": 10**18}
+BEHIND = {"0": 0, "1": 1, "2-3": 3, "4-10": 10, "11-30": 30, "31-100": 100, "over 100": float("inf")}
 ACTIVE_S = 3600.0  # whose versions are looked at
 AUDIT_KINDS = ("enrolled", "revoked", "rotated", "login_failed", "refused")  # there from the start: a rate needs a zero
 OUTCOMES = ("applied", "duplicate", "stale", "rejected")
@@ -30,13 +30,17 @@ class Fleet:
         seen: window -> clients heard of within it.
         behind: range of versions -> clients of the last hour whose last update started so far behind the head.
         enrolled: devices with a login, not revoked.
-        silent: those of them unheard for too long.
+        silent: those of them that were heard of, and not for too long.
+        never_heard: those of them that never were.
+        certificate_ends_at: unix seconds when the first certificate of one of them ends; None when none has any.
     """
 
     seen: dict[str, int] = field(default_factory=dict)
     behind: dict[str, int] = field(default_factory=dict)
     enrolled: int = 0
     silent: int = 0
+    never_heard: int = 0
+    certificate_ends_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +63,26 @@ class Found:
 
 
 def count_fleet(
-    clients: Iterable[tuple[str, Mapping[str, Any]]], devices: Mapping[str, float], version: int, now: float,
+    clients: Iterable[tuple[str, Mapping[str, Any]]], devices: Mapping[str, float | None], version: int, now: float,
     silent_s: float,
 ) -> Fleet:  # fmt: skip
     """Count the clients of a job in one pass; nothing of each is kept but when an enrolled one was heard of.
 
     Args:
         clients: client -> what the store knows of it.
-        devices: enrolled and not revoked -> unix seconds of its enrolment.
+        devices: enrolled and not revoked -> unix seconds when its certificate ends, None when it has none.
         version: the job's newest.
         now: unix seconds.
         silent_s: a device unheard for so long is silent.
     """
     ages: list[float] = []
     behind: Counter[str] = Counter()
-    heard = dict(devices)
+    heard: dict[str, float] = {}
     for client, record in clients:
         seen = float(record.get("seen", 0.0))
         ages.append(now - seen)
-        if client in heard:
-            heard[client] = max(seen, heard[client])
+        if client in devices:
+            heard[client] = seen
         if now - seen <= ACTIVE_S and "base_version" in record:
             distance = max(0, version - int(record["base_version"]))
             behind[next(name for name, most in BEHIND.items() if distance <= most)] += 1
@@ -87,6 +91,8 @@ def count_fleet(
         behind={name: behind[name] for name in BEHIND},
         enrolled=len(devices),
         silent=sum(now - last > silent_s for last in heard.values()),
+        never_heard=len(devices) - len(heard),
+        certificate_ends_at=min((end for end in devices.values() if end is not None), default=None),
     )
 
 
@@ -160,7 +166,13 @@ def _of_fleets(fleets: Mapping[str, Fleet]) -> Iterator[Metric]:
     enrolled = _each(fleets, lambda fleet: float(fleet.enrolled))
     yield _gauge("fedmq_devices_enrolled", "Devices with a login, not revoked", enrolled, ["job"])
     silent = _each(fleets, lambda fleet: float(fleet.silent))
-    yield _gauge("fedmq_devices_silent", "Enrolled devices unheard for FEDMQ_SILENT_S", silent, ["job"])
+    yield _gauge("fedmq_devices_silent", "Enrolled devices once heard of, and not for FEDMQ_SILENT_S", silent, ["job"])
+    never_heard = _each(fleets, lambda fleet: float(fleet.never_heard))
+    yield _gauge("fedmq_devices_never_heard", "Enrolled devices that were never heard of", never_heard, ["job"])
+    ends = [((job,), f.certificate_ends_at) for job, f in fleets.items() if f.certificate_ends_at is not None]
+    yield _gauge(
+        "fedmq_devices_certificate_expiry_timestamp_seconds", "When the first certificate of a device ends", ends, ["job"]
+    )
 
 
 def shortened(metrics: Mapping[str, float]) -> list[str]:

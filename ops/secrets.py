@@ -1,25 +1,24 @@
 """`fedmq secrets make`: certificates, passwords and logins of an installation, a folder for each of its containers.
 
-Every run leaves the same: it makes what is missing, keeps what is there, and makes certificates anew that end soon,
-that another authority signed or that lack a host. A service's password stands in its own settings alone; the servers
-get hashes. Logins of devices are not made here: they are in RabbitMQ's database and in users.acl, where they stay.
+Every run leaves the same: it makes what is missing, keeps what is there, and makes those of its own certificates anew
+(certificates.py) that end soon, that another authority signed or that lack a host. A service's password stands in its
+own settings alone; the servers get hashes. Logins of devices are not made here: they are in RabbitMQ's database and in
+users.acl, where they stay.
 """
 
-import ipaddress
 import json
 import os
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ops import authority, server_logins
-from ops.authority import Authority
+from ops import authority, certificates, server_logins
+from ops.certificates import CLIENTS, FOLDERS, SCRAPED
 from ops.passwords import new_password
-from ops.private_file import keep_private, toml, write_private
+from ops.private_file import keep_mode, keep_private, toml, write_private
 from shared.errors import SettingsError
 from shared.messages import ID
 from shared.transport.names import EXPORTER, OPERATOR, REDIS_EXPORTER, VHOST, service_login
@@ -27,10 +26,7 @@ from shared.transport.names import EXPORTER, OPERATOR, REDIS_EXPORTER, VHOST, se
 MOUNTED = Path("/run/fedmq")  # where each container sees its folder
 MOUNTED_CA = Path("/run/fedmq-ca")  # where the operator's sees the authority's
 SETTINGS = "fedmq.toml"
-SERVERS = ("rabbitmq", "redis", "prometheus", "grafana", "redis-exporter")  # each has server.pem, server.key
-SCRAPED = ("aggregator", "evaluator", "worker", "exporter")  # each has metrics.pem, metrics.key
-CLIENTS = ("aggregator", "evaluator", "exporter", "operator", "redis-exporter", "redis")  # each has client.pem, client.key
-FOLDERS = ("ca", *dict.fromkeys((*SERVERS, *SCRAPED, *CLIENTS)))
+SECRET = ("*.key", "*.toml", "password.json", "admin_password")  # only their owner may read them
 PER_JOB = ("aggregator", "evaluator")
 
 Homes = dict[tuple[str, str], str]  # (role, job) -> folder
@@ -80,9 +76,10 @@ def make(wanted: Wanted, now: datetime) -> list[str]:
         if what != "kept":
             done.append(f"ca/{authority.CA_FILE}: {what}, until {authority.ends_at(signer.pem):%Y-%m-%d}")
         passwords = _services(wanted, homes, done)
-        _certificates(wanted, homes, signer, now, done)
+        certificates.keep(wanted.folder, list(homes.values()), wanted.hosts, signer, now, done)
         server_logins.write(wanted.folder, passwords, done)
-        _others(wanted, passwords[REDIS_EXPORTER], done)
+        _others(wanted, done)
+        _guard(wanted.folder, [*FOLDERS, *homes.values()], done)
         for name, (user, group) in wanted.owners.items():
             _give(wanted.folder / name, user, group)
     except OSError as error:
@@ -160,58 +157,10 @@ def _files(wanted: Wanted, home: str) -> dict[str, str]:
     return paths
 
 
-def _certificates(wanted: Wanted, homes: Homes, signer: Authority, now: datetime, done: list[str]) -> None:
-    """Leave every folder with the authority's certificate and its own ones, good for another month at least."""
-    for home in dict.fromkeys((*SERVERS, *SCRAPED, *CLIENTS, *homes.values())):
-        folder, role = wanted.folder / home, home.partition(".")[0]
-        keep_private(folder / authority.CA_FILE, signer.pem, 0o644)
-        here = [home, "localhost", "127.0.0.1"]
-        if role in SERVERS:
-            _sign(folder, "server", signer, now, [*here, *_reached(role, wanted.hosts)], done)
-        if role in SCRAPED:
-            _sign(folder, "metrics", signer, now, here, done)
-        if role in CLIENTS:
-            _sign(folder, "client", signer, now, [], done)
-
-
-def _reached(role: str, hosts: Iterable[str]) -> list[str]:
-    """Return the names devices may use: each host, and with `broker.` or `store.` before it, for both on port 443."""
-    given, prefix = list(hosts), {"rabbitmq": "broker", "redis": "store"}.get(role)
-    return given + [f"{prefix}.{host}" for host in given if prefix and not _is_address(host)]
-
-
-def _sign(folder: Path, name: str, signer: Authority, now: datetime, hosts: list[str], done: list[str]) -> None:
-    """Sign a certificate unless a good one is there; one without hosts is a client's."""
-    certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
-    why = "made"
-    if certificate.exists() and key.exists():
-        text = certificate.read_text()
-        if authority.due(text, now):
-            why = "renewed"
-        elif not signer.signed(text):
-            why = "made anew, it was another authority's"
-        elif not set(hosts) <= authority.hosts_of(text):
-            why = "made anew, with more hosts"
-        else:
-            return
-        if hosts:  # those of earlier runs stay
-            hosts = [*hosts, *sorted(authority.hosts_of(text))]
-    identity = signer.server(folder.name, hosts, now) if hosts else signer.client(folder.name, now)
-    write_private(key, identity.key)
-    write_private(certificate, identity.certificate, 0o644)
-    done.append(f"{folder.name}/{certificate.name}: {why}, until {authority.ends_at(identity.certificate):%Y-%m-%d}")
-
-
-def _others(wanted: Wanted, redis_exporter_password: str, done: list[str]) -> None:
+def _others(wanted: Wanted, done: list[str]) -> None:
     """Write what programs that are not ours want in a form of their own."""
     web = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n  min_version: TLS12\n"
     keep_private(wanted.folder / "prometheus" / "web.yml", web, 0o644)
-    environment = {
-        "REDIS_ADDR": f"rediss://{wanted.store}", "REDIS_USER": REDIS_EXPORTER,
-        "REDIS_PASSWORD": redis_exporter_password,
-    }  # fmt: skip
-    lines = "".join(f"{name}={value}\n" for name, value in environment.items())
-    keep_private(wanted.folder / "redis-exporter" / "env", lines)
     grafana = wanted.folder / "grafana" / "admin_password"
     if not grafana.exists():
         write_private(grafana, new_password())
@@ -233,15 +182,14 @@ def _read(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path}: {error}") from error
 
 
+def _guard(folder: Path, homes: list[str], done: list[str]) -> None:
+    """Let only their owner read secrets, as a copy or a backup may have left them open."""
+    for path in (path for home in dict.fromkeys(homes) for what in SECRET for path in (folder / home).rglob(what)):
+        if keep_mode(path):
+            done.append(f"{path.relative_to(folder)}: only its owner can read it again")
+
+
 def _give(path: Path, user: int, group: int) -> None:
     """Make a folder and what it holds somebody's."""
     for one in (path, *path.rglob("*")):
         os.chown(one, user, group, follow_symlinks=False)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -14,6 +14,7 @@ from shared.store import redis_acl
 from shared.transport.names import EXPORTER, OPERATOR, REDIS_EXPORTER, VHOST
 
 DEFINITIONS = Path(__file__).parents[1] / "broker_config" / "definitions.json"
+MIN_WORDS = 3  # of a login in users.acl
 HASHING = "rabbit_password_hashing_sha256"
 
 
@@ -57,7 +58,10 @@ def store_rules(login: str) -> list[str]:
 def _write_definitions(path: Path, passwords: Mapping[str, str], done: list[str]) -> None:
     """Write broker_config/definitions.json together with the logins; hashes that are right stay, salt and all."""
     there = _read(path).get("users", []) if path.exists() else []
-    hashes = {user["name"]: user["password_hash"] for user in there}
+    try:
+        hashes = {user["name"]: user["password_hash"] for user in there}
+    except (TypeError, KeyError) as error:
+        raise SettingsError(f"{path}: a user without name or password_hash; remove the file to make it anew") from error
     users: list[dict[str, Any]] = []
     permissions: list[dict[str, str]] = []
     topics: list[dict[str, str]] = []
@@ -87,7 +91,7 @@ def _write_users(path: Path, passwords: Mapping[str, str], done: list[str]) -> N
     ours += [redis_acl.acl_line(login, passwords[login], store_rules(login)) for login in sorted(passwords)]
     text, note = "".join(f"{line}\n" for line in ours), path.with_name("services.sha256")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    there = [line for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+    there = _lines(path) if path.exists() else []
     known = {line.split()[1] for line in there}
     names = {line.split()[1] for line in ours}
     if names <= known and note.exists() and note.read_text() == digest:
@@ -96,6 +100,24 @@ def _write_users(path: Path, passwords: Mapping[str, str], done: list[str]) -> N
     write_private(path, text + "".join(f"{line}\n" for line in others))
     write_private(note, digest)
     done.append(f"redis/{path.name}: written, {len(ours)} logins of services, {len(others)} others")
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of users.acl, each of a login.
+
+    Raises:
+        SettingsError: one is not; Redis would not start with it.
+    """
+    lines = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        words = line.split()
+        if words and (len(words) < MIN_WORDS or words[0] != "user"):
+            raise SettingsError(
+                f"{path}, line {number}: {line[:40]!r} is no login (user NAME RULES); restore the file from a backup, "
+                "or take the line out: `fedmq devices rotate` gives a device that stood there a new login"
+            )
+        lines += [line] if words else []
+    return lines
 
 
 def _read(path: Path) -> dict[str, Any]:

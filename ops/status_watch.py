@@ -17,7 +17,7 @@ from shared.config import Settings
 from shared.errors import SettingsError, Unavailable
 from shared.logs import log_to_stderr
 from shared.store.redis import RedisStore
-from shared.store.redis_watch import RedisWatch, is_revoked
+from shared.store.redis_watch import RedisWatch, is_enrolled
 
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 40  # evaluations in the curve
@@ -155,18 +155,20 @@ def _curve(evaluations: list[tuple[int, dict[str, float]]]) -> dict[str, str]:
 
 def _devices(fleet: RedisWatch, job: str, clients: dict[str, Any], now: float) -> str:
     """Say how many devices are enrolled, and which of them are silent."""
-    silent, enrolled = [], 0
+    silent, enrolled, never_heard = [], 0, 0
     for login, record in fleet.devices():
         of, _, client = login.partition(".")
-        if of != job or is_revoked(record):
+        if of != job or not is_enrolled(record):
             continue
         enrolled += 1
-        seen = clients.get(client, {}).get("seen", record.get("enrolled_at") or 0.0)
-        if now - seen > SILENT_S:
+        seen = clients.get(client, {}).get("seen")
+        never_heard += seen is None
+        if seen is not None and now - seen > SILENT_S:
             silent.append(client)
     if not enrolled:
         return "none enrolled"
     named = status.plain(", ".join(sorted(silent)[:3])) + (", ..." if len(silent) > 3 else "")
-    return f"{enrolled} enrolled, " + (
+    never = f", {never_heard} never heard of" if never_heard else ""
+    return f"{enrolled} enrolled{never}, " + (
         f"[yellow]{len(silent)} silent for a day: {named}[/]" if silent else "none silent"
     )

@@ -40,8 +40,8 @@ from shared.urls import check_port, hide_password
 
 PREFIX = "FEDMQ_"
 SECRET = re.compile(r"://[^/\s\"']*:[^/\s\"']+@|PRIVATE KEY")  # a URL with a password, a key
-OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; compose; the benchmark task's size; `models watch --exec`
-    "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_PASSWORD", "FEDMQ_NOISE_PARAMS", "FEDMQ_VERSION", "FEDMQ_TAG", "FEDMQ_SHA256",
+OTHER_VARIABLES = {  # the worked tasks' data; the TOML file; the benchmark task's size; `models watch --exec`
+    "FEDMQ_DATA", "FEDMQ_CONFIG", "FEDMQ_NOISE_PARAMS", "FEDMQ_VERSION", "FEDMQ_TAG", "FEDMQ_SHA256",
 }  # fmt: skip
 
 
@@ -515,6 +515,9 @@ def _read_toml() -> dict[str, Any]:
                 f"chmod 600 {path}"
             )
         return tomllib.loads(text)
+    except FileNotFoundError as error:
+        mend = "`docker compose up -d secrets` makes it" if path.parts[:2] == ("/", "run") else "name another one"
+        raise SettingsError(f"{path}, which FEDMQ_CONFIG or --config names, is not there: {mend}") from error
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
 

@@ -16,7 +16,8 @@ log = logging.getLogger("fedmq")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: ts (RFC 3339, UTC), level, logger, message, what is known of the program, exc_info as text.
+    """One object a line: ts (RFC 3339, UTC), level, logger, message, what is known of the program, exit_code where it
+    ends it, exc_info as text.
 
     Args:
         known: job and client, where a program has them.
@@ -33,6 +34,8 @@ class JsonLines(logging.Formatter):
             "ts": at.replace("+00:00", "Z"), "level": record.levelname.lower(), "logger": record.name,
             "message": record.getMessage(),
         } | self._known  # fmt: skip
+        if (code := getattr(record, "exit_code", None)) is not None:
+            line["exit_code"] = code
         if record.exc_info and record.exc_info[0] is not None:
             line["exc_info"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -134,7 +134,8 @@ NAMES = {
         "fedmq_audit_events_total", "fedmq_job_version", "fedmq_job_revision", "fedmq_job_head_age_seconds",
         "fedmq_job_buffer_updates", "fedmq_job_updates_total", "fedmq_job_evaluation", "fedmq_job_evaluated_version",
         "fedmq_fleet_contributors", "fedmq_fleet_top_share", "fedmq_fleet_clients", "fedmq_fleet_clients_behind",
-        "fedmq_devices_enrolled", "fedmq_devices_silent",
+        "fedmq_devices_enrolled", "fedmq_devices_silent", "fedmq_devices_never_heard",
+        "fedmq_devices_certificate_expiry_timestamp_seconds",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,6 @@ import base64
 import logging
 import threading
 from collections.abc import Callable
-from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -73,7 +72,7 @@ def _run(ways: list[tuple[str, Callable[[], None]]], every_s: float, ended: thre
         for complaint, way in ways:
             try:
                 way()
-            except (OSError, HTTPException, ValueError) as error:
+            except Exception as error:  # a collector may raise anything: the next try may find it well again
                 if complaint not in failing:
                     log.warning("%s: %s; trying on", complaint, _said(error))
                 failing.add(complaint)
@@ -126,6 +125,7 @@ def _said(error: Exception) -> str:
     if not isinstance(error, HTTPError):
         reason = getattr(error, "reason", None)
         mend = tls.hint(error)
-        return f"{reason or error}{'; ' if mend else ''}{mend}"
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        return f"{kind}{reason or error}{'; ' if mend else ''}{mend}"
     text = error.read(200).decode(errors="replace").strip()
     return f"{error.code} {error.reason}{': ' if text else ''}{text}"

@@ -3,6 +3,8 @@
 import re
 from urllib.parse import urlsplit
 
+PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}  # of a URL that names none
+
 
 def check_port(url: str) -> None:
     """Raise `ValueError` without quoting what stands for the port: it may be the first half of a password."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from shared import supported
 from shared.clock import SystemClock
 from shared.command import DONE, FAILED, UNREACHABLE, USAGE
 from shared.config import WorkerSettings
@@ -119,7 +120,7 @@ def broker(settings: WorkerSettings) -> str:
     sink = RabbitSink(settings.broker_url, settings.client_id)
     try:
         sink.link.wait_ready(CONNECT_S)
-        return f"RabbitMQ {sink.link.server_version()}"
+        return f"RabbitMQ {supported.check('RabbitMQ', sink.link.server_version())}"
     finally:
         sink.close()
 

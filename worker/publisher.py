@@ -110,7 +110,7 @@ class Publisher:
         while len(self._outbox) and (left_s := deadline - self._clock.monotonic()) > 0:
             try:
                 self.step(left_s)
-            except (Unavailable, PublishRefused) as error:
+            except (Unavailable, PublishRefused, OSError) as error:  # OSError: as in `run`
                 self.problem = str(error)
                 self._clock.wait(threading.Event(), 0.3)
         return not len(self._outbox)

@@ -7,10 +7,9 @@ from urllib.parse import urlsplit
 
 from shared import tls
 from shared.errors import BrokerUnavailable, SettingsError, StoreUnavailable, Unavailable
-from shared.urls import check_port
+from shared.urls import PORTS, check_port
 
 CONNECT_S = 6.0
-PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
 
 
 @dataclass(frozen=True, slots=True)

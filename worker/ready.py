@@ -32,7 +32,7 @@ class Answer:
 def ask(command: list[str], timeout_s: float, stop: threading.Event) -> Answer:
     """Run a command, without a shell, and return its answer; whatever goes wrong with it is a no.
 
-    It is killed, with all it started, when it takes too long, writes without end, or the worker is asked to stop.
+    It is killed when it takes too long, writes without end, or the worker is asked to stop; what it started, in any case.
 
     Args:
         command: program and arguments.
@@ -80,8 +80,7 @@ def _first_bytes(process: "subprocess.Popen[bytes]", deadline: float, stop: thre
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill it and what it started, if anything of it still runs."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """Kill it and what it started, if anything of it still runs; what it left in the background too."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

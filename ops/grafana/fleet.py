@@ -38,14 +38,26 @@ DASHBOARD = Dashboard(
             steps=((None, RED), (1, GREEN)),
         ),
         stat(
-            "Ever", "Clients the store knows.", 'sum(fedmq_fleet_clients{exported_job=~"$job",seen="ever"})', decimals=0
+            "Ever",
+            "Clients the store knows.",
+            'sum(fedmq_fleet_clients{exported_job=~"$job",seen="ever"})',
+            decimals=0,
+            width=3,
         ),
-        stat("Enrolled", "Devices with a login, not revoked.", f"sum(fedmq_devices_enrolled{J})", decimals=0),
+        stat("Enrolled", "Devices with a login, not revoked.", f"sum(fedmq_devices_enrolled{J})", decimals=0, width=3),
+        stat(
+            "Never heard",
+            "Enrolled, and no update ever came.",
+            f"sum(fedmq_devices_never_heard{J})",
+            decimals=0,
+            width=3,
+        ),
         stat(
             "Silent",
-            "Enrolled, and unheard for a day (FEDMQ_SILENT_S).",
+            "Enrolled, heard of once, and not for a day (FEDMQ_SILENT_S).",
             f"sum(fedmq_devices_silent{J})",
             decimals=0,
+            width=3,
             steps=GOOD_AT_ZERO,
         ),
         stat(

@@ -15,7 +15,7 @@ import redis
 
 from shared.errors import SettingsError
 from shared.store.redis_link import connect, translated
-from shared.store.redis_watch import AUDIT
+from shared.store.redis_watch import ACL_LOG_SEEN, REFUSALS
 from shared.urls import hide_password
 
 ANSWER_S_MAX = 10.0
@@ -56,9 +56,10 @@ def evaluator_rules(job: str) -> list[str]:
 
 
 def exporter_rules() -> list[str]:
-    """Return what the exporter may do: read all jobs, move refusals into the audit log."""
+    """Return what the exporter may do: read all jobs, write of refusals; not of what the operator did."""
     asking = ("scan", "info", "config|get", "acl|log", "memory|usage")
-    return ["%R~fedmq:*", f"~{AUDIT}", "-@all", *CONNECTION, *_allowed((*READING, "xadd", *asking))]
+    written = [f"~{REFUSALS}", f"~{ACL_LOG_SEEN}"]
+    return ["%R~fedmq:*", *written, "-@all", *CONNECTION, *_allowed((*READING, "xadd", "set", *asking))]
 
 
 def redis_exporter_rules() -> list[str]:
@@ -148,9 +149,14 @@ class RedisLogins:
         return bool(deleted)
 
     def close_connections(self, login: str) -> int:
-        """Close the connections of a login; return how many there were."""
+        """Close the connections of a login; return how many there were, 0 also if there is no such login."""
         with translated(self.url):
-            return int(self._redis.execute_command("CLIENT KILL", "USER", login))
+            try:
+                return int(self._redis.execute_command("CLIENT KILL", "USER", login))
+            except redis.ResponseError as error:
+                if "No such user" in str(error):
+                    return 0
+                raise
 
     def names(self) -> set[str]:
         """Return all logins."""

@@ -1,12 +1,18 @@
 """What each login may do at the store, asked of a real Redis as an installation has it; test_identity.py: RabbitMQ."""
 
 import json
+import socket
+import ssl
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 
+from ops.audit import Collector
 from shared.store import redis_acl
+from shared.store.redis_acl import RedisDenials
+from shared.store.redis_registry import AuditLog
+from shared.store.redis_watch import AUDIT, REFUSALS
 from shared.transport import names
 from tests.secured_fixture import DEVICE, JOB, NEIGHBOUR, OTHER, installation, secured, store
 
@@ -18,7 +24,7 @@ KEYS = {
     "hash": (f"{OURS}clients", f"{OURS}kept", "fedmq:installation:devices"),
     "stream": (
         f"{OURS}ledger", f"{OURS}evaluations", f"{OURS}outcomes:{NEIGHBOUR}",
-        f"{OURS}outcomes:{DEVICE}x", "fedmq:installation:audit",
+        f"{OURS}outcomes:{DEVICE}x", "fedmq:installation:audit", "fedmq:installation:refused",
     ),
     "zset": (f"{OURS}applied", f"{OURS}refused", f"{OURS}versions"),
 }  # fmt: skip
@@ -125,7 +131,7 @@ NAMED = {
     },
     "aggregator": {*redis_acl.READING, *redis_acl.WRITING, *LOOKING},
     "evaluator": {*redis_acl.READING, "eval", "hset", "xadd", "info"},
-    "exporter": {*redis_acl.READING, *LOOKING, "xadd", "scan", "acl|log", "memory|usage"},
+    "exporter": {*redis_acl.READING, *LOOKING, "xadd", "set", "scan", "acl|log", "memory|usage"},
     "redis-exporter": {
         *LOOKING, "client|list", "slowlog|get", "slowlog|len", "latency|latest", "latency|history",
         "latency|histogram", "memory|stats", "dbsize",
@@ -175,7 +181,8 @@ def test_a_devices_keys_could_not_be_written_even_if_a_command_could(installatio
         ("CLIENT", "KILL", "USER", "x"), ("CLIENT", "PAUSE", 1), ("FUNCTION", "FLUSH"), ("SCRIPT", "FLUSH"),
         ("MODULE", "LIST"), ("PUBLISH", "x", "y"), ("SUBSCRIBE", "x"), ("SAVE",), ("MIGRATE", "h", 1, "", 0, 1),
         ("HSET", f"{THEIRS}head", "version", 9), ("HSET", "fedmq:installation:devices", "x", "y"),
-        ("DEL", "fedmq:installation:audit"), ("SET", "x", "y"),
+        ("DEL", "fedmq:installation:audit"), ("SET", "x", "y"), ("XADD", "fedmq:installation:audit", "*", "a", "b"),
+        ("DEL", "fedmq:installation:refused"),
     ],
     ids=lambda command: " ".join(map(str, command))[:40],
 )  # fmt: skip
@@ -240,3 +247,57 @@ def test_who_does_not_log_in_is_nobody(installation):
     with pytest.raises(redis.AuthenticationError, match="user is disabled"):
         client.execute_command("AUTH", "default", "")
     client.close()
+
+
+# The audit log
+
+
+class NoQueue:
+    """RabbitMQ's log with nothing in it."""
+
+    def take(self, _limit):
+        return []
+
+    def ack(self, lines):
+        pass
+
+    def close(self):
+        pass
+
+
+def collector_of(url):
+    return Collector(NoQueue(), RedisDenials(url), AuditLog(url))
+
+
+def test_a_thousand_strangers_push_nothing_of_the_operators_out(installation):
+    """More entries than any audit log was once read back, as many as Redis' own log holds, from one address."""
+    operator = store(installation.servers, installation.store_url("operator"))
+    operator.config_set("acllog-max-len", 1500)
+    url = installation.store_url("exporter")
+    first = collector_of(url)
+    first.step()
+    refused = operator.xlen(REFUSALS)
+    operated = operator.xrange(AUDIT)
+    context = ssl.create_default_context(cafile=str(installation.servers.secrets / "ca" / "ca.pem"))
+    address = ("localhost", installation.servers.redis.port)
+    with socket.create_connection(address, 10) as plain, context.wrap_socket(plain, server_hostname="localhost") as raw:
+        answers = raw.makefile("rb")
+        for number in range(1200):
+            raw.sendall(b"AUTH stranger-%d x\r\n" % number)
+            assert answers.readline().startswith(b"-WRONGPASS")
+    assert first.step() == 1200
+    first.close()
+    again = collector_of(url)
+    assert again.step() == 0, "a restart writes nothing twice"
+    again.close()
+    audit = AuditLog(installation.store_url("operator"))
+    strangers = [event for event in audit.read() if "stranger-" in event.login]
+    assert sum(event.count for event in strangers) == 1200
+    assert len(strangers) <= 2, "the first, and how many came after it"
+    assert operator.xlen(REFUSALS) - refused < 50
+    assert operator.xrange(AUDIT) == operated
+    assert [event.kind for event in audit.newest(1) if event.source == "operator"] == ["enrolled"]
+    kinds = [event.kind for event in audit.read()]
+    assert kinds.index("enrolled") < kinds.index("login_failed"), "both streams, by time"
+    audit.close()
+    operator.close()

@@ -16,7 +16,7 @@ from shared.messages import encode
 from shared.metrics import AggregatorMetrics
 from shared.store.redis import RedisStore
 from shared.store.redis_acl import acl_line, exporter_rules
-from shared.store.redis_watch import AUDIT, DEVICES, RedisWatch
+from shared.store.redis_watch import AUDIT, DEVICES, REFUSALS, RedisWatch
 from shared.transport.inprocess import InProcessBroker
 from shared.transport.ports import Outgoing
 from tests.builders import model_of, update_of
@@ -82,8 +82,8 @@ def test_only_new_audit_events_are_counted_each_as_often_as_it_happened(servers,
     client = redis.Redis.from_url(servers.redis.url)
     client.xadd(AUDIT, {"kind": "enrolled"})
     assert watch.audit_counts() == {}, "what was there before this exporter is not new"
-    client.xadd(AUDIT, {"kind": "login_failed", "count": 4})
-    client.xadd(AUDIT, {"kind": "login_failed"})
+    client.xadd(REFUSALS, {"kind": "login_failed", "count": 4})
+    client.xadd(REFUSALS, {"kind": "login_failed"})
     client.xadd(AUDIT, {"kind": "revoked"})
     assert watch.audit_counts() == {"login_failed": 5, "revoked": 1}
     assert watch.audit_counts() == {}
@@ -103,3 +103,52 @@ def test_the_exporter_cannot_write_a_job_or_the_registry(servers, job, watch):
 def test_an_unreachable_store_is_said_as_such():
     with pytest.raises(StoreUnavailable, match=re.escape("redis://127.0.0.1:1/0")):
         RedisWatch("redis://127.0.0.1:1/0").jobs()
+
+
+@pytest.mark.parametrize(
+    ("key", "spoil"),
+    [
+        ("head", lambda client, key: client.hdel(key, "version")),
+        ("head", lambda client, key: client.hset(key, "version", "1.5")),
+        ("head", lambda client, key: client.hset(key, "created_at", "inf")),
+        ("state", lambda client, key: client.set(key, b"\xc1")),
+        ("state", lambda client, key: client.set(key, b"\x81\xa6totals\xc0")),
+        ("ledger", lambda client, key: client.xadd(key, {"updates": "[{}]"})),
+        ("ledger", lambda client, key: (client.delete(key), client.set(key, "no stream"))),
+        ("evaluations", lambda client, key: client.xadd(key, {"version": "2", "metrics": "{"})),
+    ],
+)
+def test_a_job_that_makes_no_sense_is_left_out_and_named_once(servers, job, watch, caplog, key, spoil):
+    run_a_job(servers.redis.url, job)
+    spoil(redis.Redis.from_url(servers.redis.url), f"fedmq:{{{job}}}:{key}")
+    assert watch.facts(job) is None
+    assert watch.facts(job) is None
+    assert [f"job {job} makes no sense and is left out" in text for text in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("odd", ['{"accuracy": 0.5, "acc": "x", "none": null, "more": {}}', "7", "null", "[]"])
+def test_of_an_evaluation_only_the_numbers_are_taken(servers, job, watch, caplog, odd):
+    run_a_job(servers.redis.url, job)
+    redis.Redis.from_url(servers.redis.url).xadd(f"fedmq:{{{job}}}:evaluations", {"version": "2", "metrics": odd})
+    for _ in range(2):
+        facts = watch.facts(job)
+        assert facts is not None
+        assert (facts.evaluated, facts.evaluation) == (2, {"accuracy": 0.5} if "acc" in odd else {})
+    assert len(caplog.messages) <= 1
+
+
+def test_odd_records_of_clients_and_devices_are_left_out_and_said_once(servers, job, watch, caplog):
+    client = redis.Redis.from_url(servers.redis.url)
+    odd = {"b": "{", "c": "7", "d": '{"seen": "x"}', "e": '{"base_version": null}', b"\xff": "{}"}
+    client.hset(f"fedmq:{{{job}}}:clients", mapping={"a": '{"seen": 1}', **odd})
+    client.hset(
+        DEVICES, mapping={f"{job}.a": '{"enrolled_at": 1}', f"{job}.b": "[]", f"{job}.c": '{"enrolled_at": {}}'}
+    )
+    for _ in range(2):
+        assert {name: record["seen"] for name, record in watch.clients(job)} == {"a": 1.0, "\ufffd": 0.0}
+        assert [login for login, _ in watch.devices() if login.startswith(job)] == [f"{job}.a"]
+    assert len([text for text in caplog.messages if "clients" in text]) == 2, "what is no JSON, what is none of ours"
+    client.delete(DEVICES)
+    client.delete(f"fedmq:{{{job}}}:clients")
+    client.set(f"fedmq:{{{job}}}:clients", "no hash")
+    assert list(watch.clients(job)) == []

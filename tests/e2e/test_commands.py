@@ -544,7 +544,7 @@ def test_doctor_finds_nothing_wrong_with_a_running_job(fedmq, running):
     answer = fedmq("doctor", "--task", running.task, **running.urls)
     assert (answer.code, answer.err) == (DONE, "")
     said = lines_of(answer)
-    assert list(said) == ["broker", "queues", "store", "durability", "clock", "job", "task"]
+    assert list(said) == ["broker", "queues", "store", "durability", "certificate", "clock", "job", "task"]
     assert {word for word, _ in said.values()} == {"ok"}
     assert said["queues"][1].startswith("1 aggregator(s), 0 updates waiting, 0 dead letters")
     assert said["job"][1] == "version 2, 12 parameters"

@@ -22,10 +22,11 @@ import pika.exceptions
 import pytest
 import redis
 
-from ops import authority
+from ops import authority, roles
 from ops.audit import Collector
 from ops.broker_admin import BrokerAdmin
 from ops.devices import Devices
+from ops.private_file import PreparedFile
 from ops.secured_servers import SecuredServers
 from shared.command import DONE, FAILED, USAGE
 from shared.errors import SettingsError, Unavailable
@@ -34,6 +35,7 @@ from shared.store.redis import RedisStore
 from shared.store.redis_acl import RedisDenials
 from shared.store.redis_registry import AuditLog
 from shared.transport.audit import AuditQueue
+from shared.transport.names import AUDIT_QUEUE
 from shared.transport.rabbitmq import RabbitSink
 from tests.contract.faults import wait_until
 from tests.e2e.conftest import clean_environment
@@ -172,6 +174,8 @@ def test_what_an_operator_may_get_wrong_is_said(site):
         (("enroll", "cam-4", "--out", "cam-3.toml"), "cam-3.toml exists: move it away, or give another --out"),
         (("enroll", "cam-4", "--out", "no/where.toml"), "no/where.toml cannot be written: No such file or directory"),
         (("enroll", "cam-4", "--store-host", "a b"), "'a b' is not of the form HOST:PORT"),
+        (("enroll", "cam-4", "--store-host", "a:\u0661\u0662"), "'a:\u0661\u0662' is not of the form HOST:PORT"),
+        (("enroll", "cam-4", "--store-host", "[x]:6379"), "'[x]:6379' is not of the form HOST:PORT"),
         (
             ("rotate", "cam-4", "--out", "x.toml"),
             "cam-4 is not enrolled in job job-a: `fedmq devices enroll cam-4`; did you mean job-a.cam-3",
@@ -312,11 +316,110 @@ def test_two_who_enrol_the_same_device_at_once_do_not_both_win(devices, secured,
     assert works(tmp_path / "other.toml")
 
 
+def ended(devices, name):
+    """Tell whether nobody lets a device in, and its record says so."""
+    login = f"{JOB}.{name}"
+    assert not devices._broker.exists(login)
+    assert login not in devices._store.names()
+    return devices._registry.get(login)["state"] == "revoked"
+
+
+MAKING = ["_broker.put", "_store.put", "_store.close_connections", "ops.private_file.PreparedFile.place", "end"]
+
+
+@pytest.mark.parametrize("step", MAKING)
+@pytest.mark.parametrize("what", ["enroll", "rotate"])
+def test_who_is_revoked_while_getting_a_password_has_none(devices, secured, tmp_path, monkeypatch, what, step):
+    """Revoked, whole, right before a step of the other."""
+    name, other = f"late-{what}-{MAKING.index(step)}", Devices(operator_settings(secured))
+    if what == "rotate":
+        enrolled(secured, tmp_path, name)
+    put, often = devices._registry.put, []
+
+    def meanwhile(act):
+        def acted(*given):
+            if not often:
+                often.append(other.revoke(JOB, name))
+            return act(*given)
+
+        return acted
+
+    if step == "end":
+        todo = iter((put, meanwhile(put)))
+        monkeypatch.setattr(devices._registry, "put", lambda *given: next(todo)(*given))
+    elif "place" in step:
+        monkeypatch.setattr(step, meanwhile(PreparedFile.place))
+    else:
+        part, method = step.split(".")
+        monkeypatch.setattr(getattr(devices, part), method, meanwhile(getattr(getattr(devices, part), method)))
+    given = (False, None, None) if what == "enroll" else (False,)
+    with pytest.raises(SettingsError, match="was revoked meanwhile: it has no login"):
+        getattr(devices, what)(JOB, name, tmp_path / "new.toml", *given)
+    other.close()
+    assert often == [True]
+    assert not (tmp_path / "new.toml").exists()
+    assert ended(devices, name)
+
+
+@pytest.mark.parametrize("what", ["enroll", "rotate"])
+@pytest.mark.parametrize("step", ["_broker.delete", "_store.delete", "_registry.put"])
+def test_who_gets_a_password_while_being_revoked_has_none(devices, secured, tmp_path, monkeypatch, what, step):
+    """It gets one, whole, right before a step of the revocation; `enroll` mends one that had broken off."""
+    name, other = f"early-{what}-{step.strip('_').partition('.')[0]}", Devices(operator_settings(secured))
+    if what == "rotate":
+        enrolled(secured, tmp_path, name)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            cut(devices, patch, "file")
+            devices.enroll(JOB, name, tmp_path / f"{name}.toml", False, None, None)
+    given, often = (False, None, None) if what == "enroll" else (False,), []
+    part, method = step.split(".")
+    act = getattr(getattr(devices, part), method)
+
+    def meanwhile(*more):
+        if not often:
+            often.append(getattr(other, what)(JOB, name, tmp_path / "new.toml", *given))
+        return act(*more)
+
+    monkeypatch.setattr(getattr(devices, part), method, meanwhile)
+    assert devices.revoke(JOB, name)
+    other.close()
+    assert ended(devices, name)
+
+
+def test_a_rotation_that_breaks_off_has_thrown_out_the_old_password(devices, secured, tmp_path, monkeypatch):
+    broker_url, _ = urls_of(enrolled(secured, tmp_path, "cut"))
+    connection = amqp(secured, broker_url)
+    cut(devices, monkeypatch, "end")
+    with pytest.raises(Cut):
+        devices.rotate(JOB, "cut", tmp_path / "new.toml", False)
+    with pytest.raises(pika.exceptions.ConnectionClosedByBroker, match="CONNECTION_FORCED"):
+        wait_until(lambda: connection.process_data_events(0.1), CLOSED_S_MAX)
+
+
+def test_a_login_that_outlives_its_record_is_shown(site):
+    site.fedmq("devices", "enroll", "undead", "--job", JOB)
+    site.fedmq("devices", "revoke", "undead", "--job", JOB, "--yes")
+    assert re.search(r"undead .*revoked 20\S+ \S+\n", site.fedmq("devices", "list", "--job", JOB))
+    site.admin.put(roles.device(JOB, "undead"), "x")
+    said = r"revoked 20\S+ \S+, but RabbitMQ still lets it in: revoke it again"
+    assert re.search(f"undead .*{said}", site.fedmq("devices", "list", "--job", JOB))
+    assert re.search(said, site.fedmq("devices", "show", "undead", "--job", JOB))
+    assert "is revoked, its connections are closed" in site.fedmq("devices", "revoke", "undead", "--job", JOB, "--yes")
+    assert not site.admin.exists(f"{JOB}.undead")
+
+
 # The audit log
 
 
 def test_failed_logins_and_refusals_appear_in_the_audit_log(site):
     file = enrolled(site.servers, site.folder, "nosy")
+    before = amqp(site.servers, site.servers.url("operator", "broker_url"))
+    before.channel().queue_purge(AUDIT_QUEUE)  # of other tests: failed logins of one address are one entry a minute
+    before.close()
+    cleared = store(site.servers, site.servers.url("operator", "store_url"))
+    cleared.acl_log_reset()
+    cleared.close()
     url = site.servers.url("exporter", "store_url")
     collector = Collector(AuditQueue(site.servers.url("exporter", "broker_url")), RedisDenials(url), AuditLog(url))
     collector._queue.link.wait_ready(30)

@@ -215,6 +215,26 @@ def test_a_gateway_that_never_answers_holds_up_nobody(caplog):
     assert not [t for t in threading.enumerate() if t.name == "metrics push"] or "timed out" in caplog.text
 
 
+def test_a_collector_that_fails_once_ends_nothing(tmp_path, caplog):
+    class Failing:
+        left = 1
+
+        def collect(self):
+            if self.left:
+                self.left -= 1
+                raise ZeroDivisionError("a rate of nothing")
+            return iter(())
+
+    caplog.set_level(logging.INFO)
+    registry = CollectorRegistry()
+    registry.register(Failing())
+    settings = WorkerSettings(metrics_file=tmp_path / "fedmq.prom", metrics_push_s=1.0)
+    stop = metrics_push.start(registry, settings, "worker", "phone")
+    wait_until(lambda: "it works again" in caplog.text, 10.0, lambda: caplog.text)
+    stop()
+    assert "ZeroDivisionError: a rate of nothing; trying on" in caplog.text
+
+
 def test_a_folder_that_is_not_there_is_named_once(tmp_path, caplog):
     stop = push(metrics_file=str(tmp_path / "none" / "fedmq.prom"))
     wait_until(lambda: "cannot be written" in caplog.text, 10.0, lambda: caplog.text)

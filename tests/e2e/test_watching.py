@@ -230,7 +230,9 @@ def test_refusals_failures_and_what_falls_are_told_and_every_panel_shows_data(la
             stranger.ping()
         stranger.close()
 
-    lab.enroll("w2")  # that never speaks
+    lab.enroll("w2", "w3")  # w2 spoke long ago, w3 never
+    spoke = json.dumps({"seen": time.time() - 3600})
+    lab.store.hset(f"fedmq:{{{lab.job}}}:clients", "w2", spoke)
     (lab.folder / "fail").touch()
     (lab.folder / "fall").touch()
     certificate(lab, days=3)
@@ -240,6 +242,8 @@ def test_refusals_failures_and_what_falls_are_told_and_every_panel_shows_data(la
             "ManyRejected", "DeadLetters", "ManyStale", "StalenessRising", "DuplicatesUnusual", "LoginFailures",
             "DevicesSilent", "TaskFailing", "AccuracyFalling", "CertificateNearEnd", "AggregatorDown",
         )  # fmt: skip
+        [silent], [mute] = lab.query("fedmq_devices_silent"), lab.query("fedmq_devices_never_heard")
+        assert (silent["value"][1], mute["value"][1]) == ("1", "1")
         every_panel_shows_data(lab)
         for name in ORDER:
             assert 'class="bad"' not in page(Prometheus(lab.prometheus_url), name, lab.job, 1.0, 8.0)

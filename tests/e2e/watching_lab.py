@@ -19,6 +19,7 @@ from typing import Any
 
 from ops.secured_servers import SecuredServers
 from ops.servers import find_program, free_port
+from shared.transport.names import REDIS_EXPORTER
 from tests.e2e.conftest import Process, Processes
 
 ROOT = Path(__file__).parents[2]
@@ -54,15 +55,15 @@ class Lab:
         conf.write_text(conf.read_text() + "\ncollect_statistics_interval = 1000\n")
         self.servers.__enter__()
         secrets, port = self.servers.secrets, self.servers.redis.port
-        environment = dict(
-            line.split("=", 1) for line in (secrets / "redis-exporter/env").read_text().splitlines() if "=" in line
-        )
+        password = next(iter(json.loads((secrets / "redis-exporter/password.json").read_text()).values()))
         with (self.folder / "redis-exporter.log").open("wb") as log:
             self._redis_exporter = subprocess.Popen(
                 [
                     find_program("prometheus-redis-exporter"), "-redis.addr", f"rediss://localhost:{port}",
-                    "-redis.user", environment["REDIS_USER"], "-redis.password", environment["REDIS_PASSWORD"],
+                    "-redis.user", REDIS_EXPORTER, "-redis.password", password,
                     "-tls-ca-cert-file", f"{secrets}/redis-exporter/ca.pem",
+                    "-tls-client-cert-file", f"{secrets}/redis-exporter/client.pem",
+                    "-tls-client-key-file", f"{secrets}/redis-exporter/client.key",
                     "-tls-server-cert-file", f"{secrets}/exporter/metrics.pem",
                     "-tls-server-key-file", f"{secrets}/exporter/metrics.key",
                     "-web.listen-address", f"127.0.0.1:{self.ports['redis']}",

@@ -1,8 +1,11 @@
 """What becomes an event of the audit log, and that what strangers write cannot pass for something else."""
 
+import time
+
 import pytest
 
-from ops.audit import Collector, Seen, of_denial, of_line
+from ops.audit import Collector, moved, of_denial, of_line
+from ops.audit_window import ENTRIES_MAX, WINDOW_S, Window
 from shared.errors import StoreUnavailable
 from shared.store.redis_acl import Denial, _denial
 from shared.store.redis_registry import Event
@@ -103,6 +106,36 @@ def test_an_endless_line_is_cut_but_not_at_its_ends():
     assert event(text).login == "job.cam"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\noperation a caused : " * 700,
+        "\noperation a caused : user_id " * 500,
+        " refused for user '" * 800,
+        "Error on (" + "\nPLAIN login refused: user '" * 600,
+        "HTTP access denied: user '" + "' - " * 4000,
+        "(" + "x" * 15_000 + " -> ",
+        "operation a caused " + ": " * 8000,
+    ],
+)  # fmt: skip
+def test_a_hostile_text_takes_no_time(text):
+    started = time.perf_counter()
+    for _ in range(20):
+        event(text[:LINE_BYTES_MAX])
+    assert time.perf_counter() - started < 1.0
+
+
+def test_of_a_long_text_both_ends_are_read():
+    tried = (
+        "Error on AMQP connection <0.9.0> (10.0.0.7:5 -> 10.0.0.1:5671, state: starting):\nPLAIN login refused: user '"
+    )
+    failed = event(f"{tried}{'x' * 4000}' - invalid credentials")
+    assert (failed.kind, failed.detail) == ("login_failed", "invalid credentials, from 10.0.0.7:5")
+    assert failed.login.startswith("xxx")
+    named = event(ON.format(f" - {'x' * 4000}") + REFUSED.format("queue.purge", f"queue '{'q' * 255}'"))
+    assert (named.login, named.detail[:13], named.detail[-15:]) == ("job.cam", "queue.purge: ", "from 10.0.0.7:5")
+
+
 # Redis' log
 
 
@@ -110,38 +143,37 @@ def denial(count=1, at=100.0, key="k", reason="key", name="x"):
     return Denial(key, reason, "job.cam", name, "10.0.0.7:5", count, at)
 
 
-def moved(seen, *denials):
-    """Return the counts of what is new, and note it."""
-    fresh = seen.fresh(denials)
-    for _, one in fresh:
-        seen.note(one)
-    return [event.count for event, _ in fresh]
+def counts(seen, *denials):
+    """Return the counts of what is new, and what is seen from then on."""
+    events, seen = moved(denials, seen)
+    return [event.count for event in events], seen
 
 
 def test_a_refusal_is_written_once_and_then_only_what_is_more():
-    seen = Seen()
-    assert moved(seen, denial()) == [1]
-    assert moved(seen, denial()) == []
-    assert moved(seen, denial(at=100.3)) == []  # Redis 7.0: its age, told a little later
-    assert moved(seen, denial(count=4, at=110.0)) == [3]
+    new, seen = counts({}, denial())
+    assert new == [1]
+    assert counts(seen, denial())[0] == []
+    assert counts(seen, denial(at=100.3))[0] == []  # Redis 7.0: its age, told a little later
+    assert counts(seen, denial(count=4, at=110.0))[0] == [3]
 
 
 def test_the_same_refusal_a_minute_later_is_another_entry():
-    seen = Seen()
-    assert moved(seen, denial(count=3)) == [3]
-    assert moved(seen, denial(count=3), denial(count=2, at=200.0)) == [2]
-    assert moved(seen, denial(count=3), denial(count=2, at=200.0)) == []
+    new, seen = counts({}, denial(count=3))
+    assert new == [3]
+    new, seen = counts(seen, denial(count=3), denial(count=2, at=200.0))
+    assert new == [2]
+    assert counts(seen, denial(count=3), denial(count=2, at=200.0))[0] == []
 
 
-def test_what_stands_in_the_audit_log_is_not_written_again_after_a_restart():
-    first = Seen()
-    events = [event for event, _ in first.fresh([denial(), denial(key="l", count=5)])]
-    assert moved(Seen.of(events), denial(), denial(key="l", count=5), denial(key="l2")) == [1]
+def test_what_has_left_redis_log_is_forgotten():
+    _, seen = counts({}, *(denial(key=f"k{number}") for number in range(50)))
+    assert len(seen) == 50
+    assert set(counts(seen, denial(key="k49"), denial(key="k50"))[1]) == {"k49", "k50"}
 
 
 def test_libraries_that_say_their_name_are_no_refusal():
-    assert moved(Seen(), denial(reason="command", name="client|setinfo")) == []
-    assert moved(Seen(), denial(reason="command", name="set")) == [1]
+    assert counts({}, denial(reason="command", name="client|setinfo"))[0] == []
+    assert counts({}, denial(reason="command", name="set"))[0] == [1]
 
 
 def test_a_wrong_password_is_a_failed_login():
@@ -173,7 +205,7 @@ class Servers:
 
     def __init__(self, lines, denials=()):
         self.lines, self.denials, self.written, self.acked = list(lines), list(denials), [], []
-        self.away, self.reconnects, self.link = False, [], self
+        self.away, self.reconnects, self.link, self.remembered = False, [], self, {}
 
     def take(self, limit):
         return self.lines[:limit]
@@ -188,13 +220,17 @@ class Servers:
     def read(self):
         return self.denials
 
-    def newest(self, count):
-        return self.written[-count:]
+    def seen(self):
+        return dict(self.remembered)
 
-    def append(self, events):
+    def append(self, events, seen=None):
         if self.away:
             raise StoreUnavailable("away")
         self.written += events
+        self.remembered = self.remembered if seen is None else seen
+
+    def close(self):
+        pass
 
 
 LINE = LogLine("HTTP access denied: user 'x' - bad", 5.0, (0, 1))
@@ -224,3 +260,66 @@ def test_a_store_that_goes_away_between_the_two_loses_nothing_of_redis_log():
     servers.away, servers.read = False, read
     assert collector.step() == 1
     assert collector.step() == 0
+
+
+def test_a_restart_goes_on_where_the_one_before_was():
+    servers = Servers([], [denial(key=f"k{number}") for number in range(2000)])
+    first = Collector(servers, servers, servers)
+    assert first.step() == 2000
+    first.close()
+    assert sum(event.count for event in servers.written) == 2000
+    servers.denials.append(denial(key="new"))
+    again = Collector(servers, servers, servers)
+    assert again.step() == 1
+
+
+def test_what_was_counted_when_the_store_was_away_is_counted_once():
+    servers = Servers([LINE] * 3)
+    now = [0.0]
+    collector = Collector(servers, servers, servers, lambda: now[0])
+    collector.step()
+    servers.lines, servers.away, now[0] = [LINE] * 4, True, WINDOW_S
+    with pytest.raises(StoreUnavailable):
+        collector.step()
+    servers.away = False
+    collector.step()
+    collector.close()
+    assert sum(event.count for event in servers.written) == 7
+
+
+# How much of it is written
+
+
+def failed(login="x", host="10.0.0.7", kind="login_failed", source="redis"):
+    return Event(kind, login, f"wrong login or password, from {host}:5", source, 5.0)
+
+
+def test_what_happens_again_within_a_minute_is_one_more_entry():
+    window = Window()
+    assert window.add([failed()], 0.0) == [failed()], "the first one is written at once"
+    assert window.add([failed(f"x{number}") for number in range(500)], 30.0) == []
+    assert window.add([], WINDOW_S - 1) == []
+    (again,) = window.add([], WINDOW_S)
+    assert (again.kind, again.login, again.count) == ("login_failed", "x499", 500)
+    assert again.detail == "again within a minute as 501 logins: wrong login or password, from 10.0.0.7:5"
+    assert window.add([], 2 * WINDOW_S) == []
+    assert window.add([failed()], 2 * WINDOW_S) == [failed()]
+
+
+def test_devices_that_are_refused_are_told_apart_even_behind_one_address():
+    window = Window()
+    both = [failed("job.a", kind="refused"), failed("job.b", kind="refused")]
+    assert window.add(both, 0.0) == both
+    assert window.add(both, 1.0) == []
+    assert [(event.login, event.count) for event in window.close()] == [("job.a", 1), ("job.b", 1)]
+
+
+def test_many_addresses_write_so_many_entries_and_no_more():
+    window = Window()
+    written = window.add([failed(f"x{number}", f"10.1.{number // 250}.{number % 250}") for number in range(5000)], 0.0)
+    assert len(written) == ENTRIES_MAX
+    (device,) = window.add([failed("job.cam", kind="refused")], 1.0)
+    assert device.login == "job.cam", "strangers do not take the place of a device that is refused"
+    (others,) = window.close()
+    assert (others.login, others.count) == ("", 5000 - ENTRIES_MAX)
+    assert others.detail.startswith("of 1000 or more logins beyond those above within a minute, the last: 'x4999'")

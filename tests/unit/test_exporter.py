@@ -1,5 +1,6 @@
 """What `fedmq exporter` shows, and what it says when there is nothing to see."""
 
+import queue
 import socket
 import ssl
 import threading
@@ -10,12 +11,13 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from ops.authority import make, utc_now
-from ops.exporter import Observer
+from ops.exporter import Certificates, Observer
 from ops.exporter_metrics import EVALUATIONS_MAX, Found, Installation, count_fleet, shortened
 from ops.handshake import certificate_end
+from ops.servers import free_port
 from shared.config import ExporterSettings
 from shared.errors import StoreUnavailable
-from shared.metrics import NAMES
+from shared.metrics import NAMES, serve
 from shared.store.redis_watch import JobFacts
 
 NOW = 1_000_000.0
@@ -117,11 +119,20 @@ def test_the_fleet_is_counted_by_when_it_was_heard_and_how_far_behind_it_was():
     assert {name: count for name, count in fleet.behind.items() if count} == {"0": 1, "2-3": 1, "31-100": 1}
 
 
-def test_a_device_is_silent_when_neither_it_nor_its_enrolment_is_recent():
-    devices = {"heard": NOW - 9e5, "mute": NOW - 9e5, "new": NOW - 5, "gone-quiet": NOW - 9e5}
+def test_a_device_is_silent_when_it_was_heard_of_long_ago_and_not_when_it_never_was():
+    devices = {"heard": NOW + 9e6, "mute": None, "new": NOW + 8e6, "gone-quiet": None}
     clients = [("heard", {"seen": NOW - 5}), ("gone-quiet", {"seen": NOW - 2e5}), ("stranger", {"seen": NOW})]
     fleet = count_fleet(clients, devices, 0, NOW, 86_400)
-    assert (fleet.enrolled, fleet.silent) == (4, 2)
+    assert (fleet.enrolled, fleet.silent, fleet.never_heard) == (4, 1, 2)
+    assert fleet.certificate_ends_at == NOW + 8e6
+    values = shown(installation(fleets={"digits": fleet, "bare": count_fleet([], {}, 0, NOW, 1.0)}))
+    ends = {name: value for name, value in values.items() if "devices_certificate" in name}
+    assert ends == {'fedmq_devices_certificate_expiry_timestamp_seconds{job="digits"}': NOW + 8e6}
+
+
+def test_a_client_from_far_behind_is_counted_whatever_it_says():
+    fleet = count_fleet([("a", {"seen": NOW, "base_version": -(10**30)})], {}, 100, NOW, 1.0)
+    assert fleet.behind["over 100"] == 1
 
 
 class Watch:
@@ -196,8 +207,9 @@ def test_a_store_that_comes_back_is_shown_again():
 
 @pytest.fixture
 def tls_server(tmp_path):
-    """Yield a starter of TLS servers with a certificate that was made at a given time."""
+    """Yield a starter of TLS servers with a certificate that was made at a given time; how each caller left."""
     listening = []
+    left = queue.Queue()
 
     def start(made_at):
         signer, _ = make(made_at)
@@ -216,13 +228,16 @@ def tls_server(tmp_path):
                 except OSError:
                     return
                 try:
-                    context.wrap_socket(plain, server_side=True).close()
+                    with context.wrap_socket(plain, server_side=True, suppress_ragged_eofs=False) as secured:
+                        left.put("farewell" if secured.recv(1) == b"" else "something else")
                 except OSError:
+                    left.put("hung up")
                     plain.close()
 
         threading.Thread(target=serve, daemon=True).start()
         return f"rediss://127.0.0.1:{server.getsockname()[1]}/0?ca_file={tmp_path / 'ca.pem'}"
 
+    start.left = left
     yield start
     for server in listening:
         server.close()
@@ -231,6 +246,7 @@ def tls_server(tmp_path):
 def test_the_end_of_a_certificate_is_seen_whatever_host_it_is_for(tls_server):
     url = tls_server(utc_now())
     assert certificate_end(url, NOW) == pytest.approx(time.time() + 365 * 86_400, abs=100)
+    assert tls_server.left.get(timeout=5) == "farewell", "RabbitMQ would wait ten seconds and log an error"
 
 
 def test_a_certificate_that_has_ended_ends_now(tls_server):
@@ -241,3 +257,24 @@ def test_a_certificate_that_has_ended_ends_now(tls_server):
 def test_without_tls_there_is_no_certificate():
     assert certificate_end("redis://127.0.0.1:1/0", NOW) is None
     assert certificate_end("amqp://127.0.0.1:1/fedmq", NOW) is None
+
+
+def test_our_own_port_is_looked_at_as_it_serves_and_a_server_that_is_away_is_named_once(tls_server, tmp_path, caplog):
+    shows, port = installation(), free_port()
+    certificate, key = tmp_path / "server.pem", tmp_path / "server.key"
+    store = tls_server(utc_now())
+    stop = serve(CollectorRegistry(), port, lambda: None, str(certificate), str(key))
+    try:
+        certificate.write_text("renewed on disk, but not served yet")
+        broker = store.replace("rediss://", "amqps://").replace(store.split(":")[2].split("/")[0], "1")
+        settings = ExporterSettings(
+            store_url=store, broker_url=broker, metrics_port=port, metrics_cert=str(certificate), metrics_key=str(key)
+        )
+        certificates = Certificates(settings, shows)
+        for _ in range(3):
+            certificates.look()
+    finally:
+        stop()
+    in_a_year = pytest.approx(time.time() + 365 * 86_400, abs=100)
+    assert shows.certificates == {"redis": in_a_year, "exporter": in_a_year}
+    assert ["the certificate of rabbitmq cannot be seen" in text for text in caplog.messages] == [True]

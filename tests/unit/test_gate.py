@@ -66,6 +66,10 @@ def test_one_that_hangs_is_killed_with_all_it_started(tmp_path):
     assert time.monotonic() - before < 5
     assert (answer.ready, answer.failed) == (False, True)
     assert "took longer than 0.5 s: thinking" in answer.reason
+    _gone(tmp_path)
+
+
+def _gone(tmp_path):
     child = int((tmp_path / "pid").read_text())
     wait_until(lambda: not _alive(child), 5.0, lambda: f"process {child} lives on")
 
@@ -90,7 +94,13 @@ def test_one_that_leaves_something_behind_does_not_hold_us_up(tmp_path):
     answer = answer_of(tmp_path, f"sleep 30 & echo $! > {tmp_path}/pid; echo yes")
     assert (answer.ready, answer.reason) == (True, "yes")
     assert time.monotonic() - before < 5
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    _gone(tmp_path)
+
+
+def test_what_it_leaves_in_the_background_ends_with_it(tmp_path):
+    answer = answer_of(tmp_path, f"sleep 1000 >/dev/null 2>&1 & echo $! > {tmp_path}/pid; echo yes")
+    assert (answer.ready, answer.reason) == (True, "yes")
+    _gone(tmp_path)
 
 
 def test_a_stop_ends_the_asking(tmp_path):

@@ -71,7 +71,7 @@ def test_every_line_is_an_object_that_names_job_and_client():
     assert any("old numpy" in event["message"] for event in events)
     [aside] = [event for event in events if "ZeroDivisionError" in event["message"]]
     assert aside["exc_info"].startswith("Traceback")
-    assert events[-1]["message"] == "train() raised"
+    assert (events[-1]["message"], events[-1]["exit_code"]) == ("train() raised", FAILED)
     assert "FileNotFoundError" in events[-1]["exc_info"]
 
 
@@ -92,6 +92,7 @@ def test_wrong_settings_are_one_event_too(arguments, variables):
     [event] = events_of(lines)
     assert code == USAGE
     assert "FEDMQ_HOURS=99" in event["message"]
+    assert event["exit_code"] == USAGE
 
 
 def test_text_stays_as_it_was():

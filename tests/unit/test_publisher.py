@@ -111,6 +111,12 @@ def test_flush_publishes_all_that_is_left(parts):
     assert len(outbox) == 0
 
 
+def test_flush_goes_on_when_the_disk_does_not_read(parts):
+    publisher, outbox, _, _, _ = parts(OSError("Input/output error"))
+    assert publisher.flush(10.0)
+    assert len(outbox) == 0
+
+
 def test_flush_gives_up_in_time_and_loses_nothing(parts):
     publisher, outbox, _, clock, _ = parts(*[BrokerUnavailable("away")] * 100)
     assert not publisher.flush(3.0)

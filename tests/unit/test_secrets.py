@@ -1,12 +1,21 @@
 """`fedmq secrets make`: whole at the first run, quiet at the second, and nothing secret where it need not be."""
 
+import contextlib
+import errno
 import json
+import ssl
 import stat
+import subprocess
+import sys
 import tomllib
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from ops import authority, secrets
 from ops.passwords import is_rabbit_hash_of, new_password, rabbit_hash
@@ -207,6 +216,163 @@ def test_owners_are_given_everything_in_their_folder(folder, monkeypatch):
     assert {(user, group) for _, user, group in given} == {(999, 1000)}
 
 
+# Certificates of somebody else
+
+
+def acme(key=None, ca=True, name="Acme Root"):
+    """Return an authority of somebody else's: its certificate as PEM, its key as PEM, and what signs with both."""
+    key = key or rsa.generate_private_key(65537, 2048)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    digest = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
+    certificate = (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+        .serial_number(1).not_valid_before(NOW - timedelta(days=1)).not_valid_after(NOW + timedelta(days=300))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True).sign(key, digest)
+    )  # fmt: skip
+    return certificate.public_bytes(Encoding.PEM).decode(), pem_of(key), (certificate, key)
+
+
+def pem_of(key, encryption=None):
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption()).decode()
+
+
+def signed_by(root, *hosts, days=200):
+    """Return a server's certificate and key as an operator's own authority makes them."""
+    certificate, signing = root
+    key = ec.generate_private_key(ec.SECP256R1())
+    alternatives = x509.SubjectAlternativeName([x509.DNSName(host) for host in hosts])
+    made = (
+        x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(certificate.subject)
+        .public_key(key.public_key()).serial_number(2).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=days))
+        .add_extension(alternatives, critical=True).sign(signing, hashes.SHA256())
+    )  # fmt: skip
+    return made.public_bytes(Encoding.PEM).decode(), pem_of(key)
+
+
+def put_own(folder, root_pem, certificate, key, home="rabbitmq"):
+    for name, text in (("ca.pem", root_pem), ("server.pem", certificate), ("server.key", key)):
+        (folder / home / name).write_text(text)
+
+
+def test_a_certificate_of_somebody_else_stays_and_everybody_comes_to_know_its_authority(folder):
+    make(Wanted(folder, ("digits",)), NOW)
+    ours = (folder / "ca/ca.pem").read_text()
+    root_pem, _, root = acme()
+    certificate, key = signed_by(root, "rabbitmq", "localhost", "fleet.example.org")
+    put_own(folder, root_pem, certificate, key)
+    done = make(Wanted(folder, ("digits",)), NOW)
+    assert [line for line in done if "rabbitmq/" in line] == [
+        f"rabbitmq/server.pem: not made by fedmq, kept, until {NOW + timedelta(days=200):%Y-%m-%d}; "
+        "it lacks 127.0.0.1: who uses these names refuses it"
+    ]
+    assert (folder / "rabbitmq/server.pem").read_text() == certificate
+    assert (folder / "rabbitmq/server.key").read_text() == key
+    assert {path.parent.name for path in folder.rglob("ca.pem") if path.read_text() == ours + root_pem} == {
+        path.parent.name for path in folder.rglob("ca.pem")
+    } - {"ca"}
+    before = contents(folder)
+    assert make(Wanted(folder, ("digits",), ("more.example.org",)), NOW + timedelta(days=1))
+    changed = {str(name) for name, data in contents(folder).items() if before[name] != data}
+    assert "rabbitmq/server.pem" not in changed
+    assert "redis/server.pem" in changed, "ours gets the new host"
+    for name in ("server.pem", "server.key"):
+        (folder / "rabbitmq" / name).unlink()
+    make(Wanted(folder, ("digits",)), NOW)
+    assert (folder / "operator/ca.pem").read_text() == ours, "who is gone is not trusted any more"
+
+
+def test_of_a_certificate_of_somebody_else_is_said_what_is_wrong(folder):
+    make(Wanted(folder, ("digits",)), NOW)
+    _, _, root = acme()
+    certificate, key = signed_by(root, "redis", "localhost", days=20)
+    put_own(folder, (folder / "ca/ca.pem").read_text(), certificate, key, "redis")
+    (said,) = make(Wanted(folder, ("digits",)), NOW)
+    assert "which is soon: put its successor there; ca.pem beside it must hold the authority that signed it" in said
+    (folder / "redis/server.key").write_text(signed_by(root, "redis")[1])
+    with pytest.raises(SettingsError, match=r"redis/server.pem was not made by fedmq, and .*server.key is not its key"):
+        make(Wanted(folder, ("digits",)), NOW)
+    (folder / "redis/server.pem").write_text("no PEM")
+    with pytest.raises(SettingsError, match=r"redis/server.pem: this is no PEM certificate.*; remove it to make it"):
+        make(Wanted(folder, ("digits",)), NOW)
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda: rsa.generate_private_key(65537, 2048), lambda: ec.generate_private_key(ec.SECP384R1()),
+             ed25519.Ed25519PrivateKey.generate], ids=["rsa", "p384", "ed25519"],
+)  # fmt: skip
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_authority_of_somebody_else_signs_everything_and_is_never_renewed(folder, kind, when):
+    if when == "after":
+        make(Wanted(folder, ("digits",)), NOW)
+    (folder / "ca").mkdir(parents=True, exist_ok=True)
+    root_pem, key_pem, _ = acme(kind())
+    (folder / "ca/ca.pem").write_text(root_pem)
+    (folder / "ca/ca.key").write_text(key_pem)
+    make(Wanted(folder, ("digits",)), NOW)
+    assert (folder / "ca/ca.pem").read_text() == root_pem, "it ends within 400 days, but it is not ours to renew"
+    assert (folder / "operator/ca.pem").read_text() == root_pem
+    context = ssl.create_default_context(cafile=folder / "operator/ca.pem")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(folder / "rabbitmq/server.pem", folder / "rabbitmq/server.key")
+    shake_hands(context, server, "rabbitmq")
+    assert make(Wanted(folder, ("digits",)), NOW) == []
+    with pytest.raises(SettingsError, match="the authority's certificate ended 20"):
+        make(Wanted(folder, ("digits",)), NOW + timedelta(days=301))
+
+
+def shake_hands(ours, theirs, host):
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [ours.wrap_bio(back, there, server_hostname=host), theirs.wrap_bio(there, back, server_side=True)]
+    for _ in range(4):
+        for end in ends:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+
+
+def test_an_authority_that_cannot_sign_is_refused(folder):
+    (folder / "ca").mkdir(parents=True)
+    for ca, encryption, says in (
+        (False, None, "not of an authority: it may not sign others"),
+        (True, BestAvailableEncryption(b"x"), "ca.key is encrypted, and nobody is there to be asked: `openssl pkey"),
+    ):
+        root_pem, _, (_, key) = acme(ca=ca)
+        (folder / "ca/ca.pem").write_text(root_pem)
+        (folder / "ca/ca.key").write_text(pem_of(key, encryption))
+        with pytest.raises(SettingsError, match=says):
+            make(Wanted(folder, ("digits",)), NOW)
+
+
+# What a crash or a backup leaves
+
+
+def test_a_crash_between_a_key_and_its_certificate_is_mended(folder):
+    make(Wanted(folder, ("digits",)), NOW)
+    (folder / "redis/server.key").write_text((folder / "rabbitmq/server.key").read_text())
+    (line,) = make(Wanted(folder, ("digits",)), NOW)
+    assert line.startswith("redis/server.pem: made anew, its key was another one's")
+    files = [(folder / "redis" / name).read_text() for name in ("server.pem", "server.key")]
+    assert authority.go_together(*files)
+
+
+def test_secrets_that_a_copy_left_open_are_closed(folder):
+    make(Wanted(folder, ("digits",)), NOW)
+    names = ("ca/ca.key", "redis/server.key", "operator/fedmq.toml", "redis-exporter/password.json")
+    for name in names:
+        (folder / name).chmod(0o644)
+    done = make(Wanted(folder, ("digits",)), NOW)
+    assert sorted(done) == sorted(f"{name}: only its owner can read it again" for name in names)
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in names} == {0o600}
+
+
+def test_a_damaged_line_of_users_acl_is_named(folder):
+    make(Wanted(folder, ("digits",)), NOW)
+    file = folder / "redis/users.acl"
+    file.write_text(file.read_text() + "\nuser\n")
+    line = len(file.read_text().splitlines())
+    with pytest.raises(SettingsError, match=rf"users.acl, line {line}: 'user' is no login"):
+        make(Wanted(folder, ("digits",)), NOW)
+
+
 # Passwords and files
 
 
@@ -245,6 +411,30 @@ def test_a_file_given_up_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), PreparedFile(tmp_path / "f", "secret"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["fchmod", "fsync"])
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, step):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"ops.private_file.os.{step}", full)
+    with pytest.raises(SettingsError, match="f cannot be written: No space left on device"):
+        write_private(tmp_path / "f", "secret")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_program_left_goes_with_the_next_write(tmp_path):
+    write = f"import os; from ops.private_file import *; PreparedFile(Path('{tmp_path}/f'), 'secret'); os._exit(9)"
+    subprocess.run([sys.executable, "-c", write], check=False)
+    (tmp_path / ".f.toml.12345678").write_text("another's")
+    (tmp_path / ".f.old").write_text("not ours")
+    assert len(list(tmp_path.iterdir())) == 3
+    with PreparedFile(tmp_path / "f", "first") as at_work:
+        write_private(tmp_path / "f", "second")
+        at_work.replace()
+    assert {path.name for path in tmp_path.iterdir()} == {"f", ".f.toml.12345678", ".f.old"}
+    assert (tmp_path / "f").read_text() == "first", "somebody who is still writing is left alone"
 
 
 @pytest.mark.parametrize("text", ["plain", 'quotes " and \\', "-----BEGIN X-----\nabc\n-----END X-----\n"])

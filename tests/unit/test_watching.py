@@ -50,6 +50,47 @@ def test_prometheus_itself_accepts_the_rules():
     assert f"{len(alert_names())} rules found" in done.stdout
 
 
+QUEUE = '{queue="fedmq.updates.j"}'
+NO_CONSUMER = {f"rabbitmq_detailed_queue_consumers{QUEUE}": "0x200", 'up{job="aggregator"}': "1x200"}
+
+
+def fires(tmp_path, alert, series, after="50m"):
+    """Return the summaries with which an alert fires after some time of these series."""
+    rules = tmp_path / "alerts.yml"
+    rules.write_text(ALERTS)
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    # Of what is expected, nothing: promtool says what there is instead.
+    case = {"interval": "30s", "input_series": given, "alert_rule_test": [{"eval_time": after, "alertname": alert}]}
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": [str(rules)], "tests": [case]}))
+    command = [find_program("promtool"), "test", "rules", str(tmp_path / "test.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) == ("FAILED" not in said), said
+    return re.findall(r'summary="([^"]*)"', said)
+
+
+def test_the_queue_of_a_former_job_is_no_alarm(tmp_path):
+    totals = 'fedmq_job_updates_total{exported_job="j",outcome="applied"}'
+    empty = NO_CONSUMER | {f"rabbitmq_detailed_queue_messages{QUEUE}": "0x200", totals: "300x200"}
+    assert fires(tmp_path, "NoAggregator", empty) == []
+    said = ["No aggregator works on fedmq.updates.j"]
+    assert fires(tmp_path, "NoAggregator", empty | {f"rabbitmq_detailed_queue_messages{QUEUE}": "3x200"}) == said
+    busy = empty | {totals: "0+10x40 400x160"}
+    assert fires(tmp_path, "NoAggregator", busy) == said, "it had updates within an hour"
+    assert fires(tmp_path, "NoAggregator", busy, "95m") == []
+    assert fires(tmp_path, "NoAggregator", busy | {f"rabbitmq_detailed_queue_consumers{QUEUE}": "1x200"}) == []
+
+
+def test_the_end_of_a_devices_certificate_is_told_as_that_of_a_server(tmp_path):
+    device = 'fedmq_devices_certificate_expiry_timestamp_seconds{exported_job="j"}'
+    server = 'fedmq_certificate_expiry_timestamp_seconds{server="redis"}'
+    assert fires(tmp_path, "CertificateNearEnd", {device: "99999999x200", server: "99999999x200"}) == []
+    assert fires(tmp_path, "CertificateNearEnd", {device: "999999x200", server: "99999999x200"}) == [
+        "The certificate of a device of job j ends soon"
+    ]
+    assert fires(tmp_path, "CertificateNearEnd", {server: "999999x200"}) == ["The certificate of redis ends soon"]
+
+
 @pytest.mark.parametrize("name", alert_names())
 def test_every_alert_has_its_runbook(name):
     block = re.search(rf"- alert: {name}\n(.*?)(?=\n +- alert:|\n  - name:|\Z)", ALERTS, re.S)[1]
