@@ -7,7 +7,7 @@
 # make secrets  make the secrets that are missing, renew certificates that end soon; `make up` does it too
 # make renew    the same, and restart what serves with them
 # make roll     restart the aggregators one after the other: updates go on being applied
-# make device NAME=phone   enrol a device and put its file here: phone.toml, mode 0600
+# make device NAME=phone   enrol a device and put its file here: phone.toml, mode 0600; make rotate NAME=phone a new one
 # make password            of Grafana's login admin
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ VENV := .venv/installed
 
 COMPOSE := $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
-.PHONY: demo test check lint bench servers clean up down secrets renew roll device password
+.PHONY: demo test check lint bench servers clean up down secrets renew roll device rotate password
 
 demo: $(VENV)
 	$(BIN)/fedmq demo --task $(TASK)
@@ -57,6 +57,11 @@ device:
 	@test ! -e "$(NAME).toml" || { echo "$(NAME).toml exists: move it away first"; exit 2; }
 	@(umask 077; $(COMPOSE) run --rm -T operator fedmq devices enroll $(NAME) --out - >$(NAME).toml || { rm -f $(NAME).toml; exit 1; })
 	@echo "$(NAME).toml is all that the device needs: bring it there by a safe way, then remove it here"
+
+rotate:
+	@test -n "$(NAME)" || { echo "make rotate NAME=..."; exit 2; }
+	@(umask 077; $(COMPOSE) run --rm -T operator fedmq devices rotate $(NAME) --out - >$(NAME).toml.new && mv $(NAME).toml.new $(NAME).toml || { rm -f $(NAME).toml.new; exit 1; })
+	@echo "$(NAME).toml is new, the old one is of no use any more: bring it to the device by a safe way, then remove it here"
 
 password:
 	@$(COMPOSE) exec -T grafana cat /run/fedmq/admin_password; echo

@@ -1,6 +1,7 @@
 """`fedmq devices` and `fedmq secrets`: the command line; what it does is in devices.py and secrets.py."""
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,6 +114,8 @@ def revoke(
 ) -> None:
     """Throw a device out: its logins end, its connections are closed at once."""
     with _devices(config, job) as (devices, settings):
+        if not yes and not sys.stdin.isatty():
+            raise SettingsError(f"nothing was revoked: nobody is here to ask; say --yes to throw {name} out")
         if not yes and not typer.confirm(f"revoke {name} of job {settings.job}? Its file will be of no use any more"):
             raise typer.Exit(1)
         ended = devices.revoke(settings.job, name)

@@ -102,7 +102,9 @@ class Certificates:
         self._urls, self._shown = {"rabbitmq": settings.broker_url, "redis": settings.store_url}, shown
         if settings.metrics_cert:
             with contextlib.suppress(ValueError):  # said by whoever connects
-                ca = {name: file for name, file in tls.without_files(settings.store_url)[1].items() if name == "ca_file"}
+                ca = {
+                    name: file for name, file in tls.without_files(settings.store_url)[1].items() if name == "ca_file"
+                }
                 self._urls["exporter"] = tls.with_files(f"https://localhost:{settings.metrics_port}", ca)
         self._problems: dict[str, str] = {}
 

@@ -171,7 +171,10 @@ def _of_fleets(fleets: Mapping[str, Fleet]) -> Iterator[Metric]:
     yield _gauge("fedmq_devices_never_heard", "Enrolled devices that were never heard of", never_heard, ["job"])
     ends = [((job,), f.certificate_ends_at) for job, f in fleets.items() if f.certificate_ends_at is not None]
     yield _gauge(
-        "fedmq_devices_certificate_expiry_timestamp_seconds", "When the first certificate of a device ends", ends, ["job"]
+        "fedmq_devices_certificate_expiry_timestamp_seconds",
+        "When the first certificate of a device ends",
+        ends,
+        ["job"],
     )
 
 

@@ -93,7 +93,7 @@ def why(  # noqa: PLR0911 - one answer per situation
         return f"[red]the broker does not answer: {depths}[/]"
     if depths["consumers"] <= 0:
         return f"[red]no aggregator is connected; {max(0, depths['updates'])} updates wait[/]: start `fedmq aggregator`"
-    if now - head.created_at < 10:
+    if now - head.created_at < 10 and active:
         return f"[green]moving[/]: {buffer}, {workers}"
     if not seen:
         return f"[yellow]no update has ever arrived[/]: start `fedmq worker --task TASK --job ...`; {buffer}"
@@ -145,7 +145,7 @@ def _parts(state: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _queue(depths: dict[str, int]) -> str:
     if depths["updates"] < 0:
-        return "none yet: no aggregator has started this job"
+        return "none: no aggregator runs this job"
     return f"{depths['updates']} waiting, {max(0, depths['dead'])} dead letters"
 
 

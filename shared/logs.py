@@ -16,8 +16,9 @@ log = logging.getLogger("fedmq")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: ts (RFC 3339, UTC), level, logger, message, what is known of the program, exit_code where it
-    ends it, exc_info as text.
+    """One object a line.
+
+    ts (RFC 3339, UTC), level, logger, message, what is known of the program, exit_code where it ends, exc_info as text.
 
     Args:
         known: job and client, where a program has them.

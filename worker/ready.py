@@ -32,7 +32,7 @@ class Answer:
 def ask(command: list[str], timeout_s: float, stop: threading.Event) -> Answer:
     """Run a command, without a shell, and return its answer; whatever goes wrong with it is a no.
 
-    It is killed when it takes too long, writes without end, or the worker is asked to stop; what it started, in any case.
+    It is killed when it takes too long, writes without end, or the worker is asked to stop; what it started, always.
 
     Args:
         command: program and arguments.

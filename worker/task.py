@@ -97,7 +97,8 @@ class Task:
             raise
         except (Exception, SystemExit) as error:
             line = _line_of(error, path)
-            raise SettingsError(f"task {name} raises on import{line}: {type(error).__name__}: {error}") from error
+            mend = ": pip install torch" if getattr(error, "name", "") == "torch" else ""
+            raise SettingsError(f"task {name} raises on import{line}: {type(error).__name__}: {error}{mend}") from error
         missing = [function for function in needs if not callable(getattr(module, function, None))]
         if missing:
             raise SettingsError(f"task {name} lacks {', '.join(f'{m}()' for m in missing)}; `fedmq init` shows all")

@@ -5,6 +5,7 @@ pull -> train -> delta -> + residual -> compress -> encode -> outbox        (pub
 
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ log = logging.getLogger("fedmq.worker")
 ROUND_UPDATES_MAX = 3  # in one synchronous round: a refused update is made good, but not for ever
 RETRY_S = (0.5, 60.0)  # first and longest wait after a training that gave no update, or a store that is away
 SHORT_S = 1.0  # in a longer pause the store is asked what became of updates
+TELL_S = 60.0  # between two lines of the log that say how far it is
 FLUSH_S = 20.0  # how long a worker that ends tries to get its last updates out
 
 
@@ -100,6 +102,7 @@ class Worker:
         self._revision: int | None = None  # of the head last pulled; None while the store is away
         self._job: dict[str, Any] = {}
         self._said: str | None = None
+        self._told_s = -math.inf  # when the log last said how far it is; monotonic
 
     def step(self) -> bool:
         """Pull, train once, put the update into the outbox; tell whether there is an update.
@@ -162,6 +165,7 @@ class Worker:
         self._round = self._round.with_update(version, self._since, update.update_id)
         self._metrics.outbox.set(len(self._outbox))
         self._publisher.wake.set()
+        self._tell()
 
     def _keep(self, body: bytes) -> None:
         """Put a finished update into the outbox; on a full disk wait for room, for what was trained must not be lost.
@@ -363,6 +367,16 @@ class Worker:
         stream = f"{settings.seed} {settings.client_id} {self._outbox.next_sequence}"
         seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:4], "little")
         return Context(settings.client_id, self._version, seed, settings.task_settings, self.stop.is_set)
+
+    def _tell(self) -> None:
+        """Log how far it is, once a minute."""
+        now_s = self._clock.monotonic()
+        if now_s >= self._told_s + TELL_S:
+            self._told_s = now_s
+            log.info(
+                "%d updates made, the last from version %d; %d wait in the outbox",
+                self.updates_made, self._version, len(self._outbox),
+            )  # fmt: skip
 
     def _say(self, message: str) -> None:
         """Log a condition once, not at every turn."""

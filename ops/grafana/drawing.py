@@ -16,8 +16,11 @@ from ops.grafana.svg import (
     Point,
     Series,
     area_of,
+    curve_of,
     label,
+    path_of,
     rect,
+    runs_of,
     svg,
     text_of,
     threshold_color,
@@ -25,6 +28,8 @@ from ops.grafana.svg import (
     word_of,
 )
 from ops.grafana.timeseries import timeseries
+
+STAT_GAP_MS = 60_000  # a stat's JSON has no `spanNulls`: as the lines have it
 
 
 def draw(panel: dict[str, Any], series: Sequence[Series], span: tuple[float, float], width: int, height: int) -> str:
@@ -54,12 +59,17 @@ def _stat(panel: dict[str, Any], series: Sequence[Series], span: tuple[float, fl
         text_of(value, defaults["unit"], defaults.get("decimals")), threshold_color(defaults, value),
     )  # fmt: skip
     low, high = min(v for _, v in points), max(v for _, v in points)
-    x = [width * (t - span[0]) / (span[1] - span[0]) for t, _ in points]
-    y = [height - 2 - 0.38 * height * ((v - low) / (high - low) if high > low else 0.5) for _, v in points]
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    area = area_of(f"{x[0]:.1f},{height} {line} {x[-1]:.1f},{height}", color, 0.18)
-    curve = f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.2" opacity="0.7"/>'
-    return svg(width, height, [area, curve, label(width / 2, height * 0.52, text, "middle", color, 34)])
+    parts = []
+    for run in runs_of(points, {"custom": {"spanNulls": STAT_GAP_MS}}, span):
+        spots = [
+            (width * (t - span[0]) / (span[1] - span[0]),
+             height - 2 - 0.38 * height * ((v - low) / (high - low) if high > low else 0.5))
+            for t, v in run
+        ]  # fmt: skip
+        parts.append(area_of(f"{spots[0][0]:.1f},{height} {path_of(spots)} {spots[-1][0]:.1f},{height}", color, 0.18))
+        parts.append(curve_of(spots, color, 1.2, 0.7))
+    size = min(34, int(width / (0.6 * len(text))))
+    return svg(width, height, [*parts, label(width / 2, height * 0.52, text, "middle", color, size)])
 
 
 def _heatmap(
@@ -77,7 +87,8 @@ def _heatmap(
     rows = range(max(0, min(used) - 1), min(len(counts), max(used) + 2)) if used else range(len(counts))
     bottom, right = height - BOTTOM, width - 10
     tall, most = (bottom - TOP) / len(rows), max(max(line) for line in counts) or 1.0
-    wide = (right - LEFT) * (moments[1] - moments[0] if len(moments) > 1 else 1) / (span[1] - span[0])
+    step = min((b - a for a, b in itertools.pairwise(moments)), default=1.0)
+    wide = (right - LEFT) * step / (span[1] - span[0])
     parts = []
     for place, row in enumerate(rows):
         y = bottom - (place + 1) * tall

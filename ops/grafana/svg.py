@@ -12,6 +12,7 @@ PALETTE = ("#73BF69", "#F2CC0C", "#5794F2", "#FF9830", "#F2495C", "#B877D9", "#8
 HEAT = ("#0d0887", "#5302a3", "#8b0aa5", "#b83289", "#db5c68", "#f48849", "#febd2a", "#f0f921")
 TEXT, MUTED, GRID = "#d8d9da", "#8e8e96", "#2c3235"
 LEFT, RIGHT, TOP, BOTTOM = 54, 52, 6, 22  # pixels around a plot
+POINTS = 240  # of a range query
 
 Point = tuple[float, float]  # unix seconds, value
 
@@ -24,6 +25,33 @@ class Series:
     query: str
     labels: dict[str, str]
     points: list[Point]
+
+
+def step_of(span: tuple[float, float]) -> float:
+    """Return the seconds between the points of a range query."""
+    return max(1.0, (span[1] - span[0]) / POINTS)
+
+
+def runs_of(points: Sequence[Point], defaults: dict[str, Any], span: tuple[float, float]) -> list[list[Point]]:
+    """Return the finite points, parted where a line must not join them.
+
+    Args:
+        points: in order of time.
+        defaults: of the panel's fields; its `spanNulls` is the longest gap to draw across, milliseconds, or always, never.
+        span: what was asked for: neighbours are as far apart as its steps, however short `spanNulls` is.
+    """
+    across = defaults.get("custom", {}).get("spanNulls", False)
+    gap_s = (math.inf if across else 0.0) if isinstance(across, bool) else across / 1000
+    gap_s = max(gap_s, 1.5 * step_of(span))
+    runs: list[list[Point]] = []
+    for point in points:
+        if not math.isfinite(point[1]):
+            continue
+        if runs and point[0] - runs[-1][-1][0] <= gap_s:
+            runs[-1].append(point)
+        else:
+            runs.append([point])
+    return runs
 
 
 def text_of(value: float, unit: str, decimals: int | None = None) -> str:
@@ -88,8 +116,8 @@ def word_of(defaults: dict[str, Any], value: float) -> tuple[str, str] | None:
 
 
 def svg(width: float, height: float, parts: Sequence[str]) -> str:
-    """Return a picture of these parts."""
-    return f'<svg width="{width:g}" height="{height:g}">{"".join(parts)}</svg>'
+    """Return a picture of these parts, as large as there is room."""
+    return f'<svg viewBox="0 0 {width:g} {height:g}">{"".join(parts)}</svg>'
 
 
 def label(x: float, y: float, text: str, anchor: str = "start", color: str = MUTED, size: int = 11) -> str:
@@ -107,6 +135,19 @@ def rect(x: float, y: float, width: float, height: float, color: str, opacity: f
 def area_of(points: str, color: str, opacity: float) -> str:
     """Return a filled polygon."""
     return f'<polygon points="{points}" fill="{color}" opacity="{opacity}"/>'
+
+
+def curve_of(spots: Sequence[tuple[float, float]], color: str, width: float, opacity: float = 1.0) -> str:
+    """Return a line through these pixels; a dot when there is but one."""
+    if len(spots) == 1:
+        return f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="{width:g}" fill="{color}" opacity="{opacity:g}"/>'
+    path = path_of(spots)
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width:g}" opacity="{opacity:g}"/>'
+
+
+def path_of(spots: Sequence[tuple[float, float]]) -> str:
+    """Return pixels as SVG lists them."""
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
 
 
 def time_axis(span: tuple[float, float], left: float, right: float, bottom: float, top: float) -> list[str]:

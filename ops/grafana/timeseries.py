@@ -16,8 +16,11 @@ from ops.grafana.svg import (
     Series,
     area_of,
     color_of,
+    curve_of,
     darkened,
     label,
+    path_of,
+    runs_of,
     svg,
     text_of,
     time_axis,
@@ -102,7 +105,7 @@ def timeseries(
             parts.append(label(x, axis.y(tick) + 4, text_of(tick, axis.unit), anchor))
     for index in reversed(range(len(series))):
         parts += _line(
-            lines[index],
+            runs_of(lines[index], defaults, span),
             axes[on_right[index]],
             span,
             (left, right, bottom),
@@ -131,7 +134,7 @@ def _stack(series: Sequence[Series], on_right: Sequence[bool]) -> list[list[Poin
 
 
 def _line(
-    line: Sequence[Point],
+    runs: Sequence[Sequence[Point]],
     axis: _Axis,
     span: tuple[float, float],
     plot: tuple[float, float, float],
@@ -139,16 +142,13 @@ def _line(
     fill: bool,
 ) -> list[str]:
     left, right, bottom = plot
-    spots = [
-        (left + (right - left) * (moment - span[0]) / (span[1] - span[0]), axis.y(value))
-        for moment, value in line if math.isfinite(value)
-    ]  # fmt: skip
-    if not spots:
-        return []
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-    closed = f"{spots[0][0]:.1f},{bottom} {path} {spots[-1][0]:.1f},{bottom}"
-    area = area_of(closed, darkened(color), 1.0) if fill else area_of(closed, color, 0.07)
-    return [area, f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"/>']
+    parts = []
+    for run in runs:
+        spots = [(left + (right - left) * (t - span[0]) / (span[1] - span[0]), axis.y(value)) for t, value in run]
+        closed = f"{spots[0][0]:.1f},{bottom} {path_of(spots)} {spots[-1][0]:.1f},{bottom}"
+        parts.append(area_of(closed, darkened(color), 1.0) if fill else area_of(closed, color, 0.07))
+        parts.append(curve_of(spots, color, 1.8))
+    return parts
 
 
 def _threshold_lines(defaults: dict[str, Any], axis: _Axis, left: float, right: float) -> list[str]:

@@ -1,6 +1,7 @@
 """`fedmq models watch`: follow a job's versions, and run a command for each: deploy it, test it, announce it."""
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -54,6 +55,7 @@ def command(settings: Settings, tag: str | None, execute: str | None, poll_s: fl
     """
     if tag is not None:
         check_tag(tag)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: in a container nobody else would end it
     store, watch = opened(settings), Watch()
     if tag is not None and store.tagged(tag) is None:
         say(f"job {settings.job} has no tag {tag} yet: waiting for it")

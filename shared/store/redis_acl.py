@@ -52,7 +52,12 @@ def aggregator_rules(job: str) -> list[str]:
 def evaluator_rules(job: str) -> list[str]:
     """Return what an evaluator may do: read its job, write what it measured."""
     keys = [f"%R~{_prefix(job)}*", f"~{_prefix(job)}evaluations", f"~{_prefix(job)}meta:*"]
-    return [*keys, "-@all", *CONNECTION, *_allowed((*READING, "eval", "hset", "xadd", "info"))]
+    return [
+        *keys,
+        "-@all",
+        *CONNECTION,
+        *_allowed((*READING, "eval", "hset", "xadd", "info", "multi", "exec", "discard")),
+    ]
 
 
 def exporter_rules() -> list[str]:

@@ -20,6 +20,7 @@ NAMELESS: dict[str, Any] = (  # redis-py 7 and newer, or older
     if "driver_info" in inspect.signature(redis.Redis.__init__).parameters
     else {"lib_name": None, "lib_version": None}
 )
+MEND = "check FEDMQ_STORE_URL; a device that was revoked, or whose file was made anew, needs the new file"
 CONNECT_S_MAX = 2.5  # tried three times
 READ_BYTES = 2**18  # redis-py reads the socket in pieces of this size; its 64 KiB default halves the pull rate
 
@@ -68,10 +69,10 @@ def translated(url: str) -> Iterator[None]:
         redis.exceptions.AuthorizationError,
         redis.exceptions.NoPermissionError,
     ) as error:
-        raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+        raise SettingsError(f"Redis at {hide_password(url)} refuses: {str(error).rstrip('.')}; {MEND}") from error
     except (redis.RedisError, OSError) as error:
         if "NOAUTH" in str(error) or "WRONGPASS" in str(error):
-            raise SettingsError(f"Redis at {hide_password(url)} refuses: {error}; check FEDMQ_STORE_URL") from error
+            raise SettingsError(f"Redis at {hide_password(url)} refuses: {str(error).rstrip('.')}; {MEND}") from error
         raise _unavailable(error, url) from error
 
 

@@ -84,7 +84,7 @@ class RedisWatch:
         return sorted(head.decode(errors="replace").split("{", 1)[1].split("}", 1)[0] for head in heads)
 
     def facts(self, job: str) -> JobFacts | None:
-        """Return where a job stands, in one round trip; None when it is gone, or makes no sense, which is logged once."""
+        """Return where a job stands, in one round trip; None when it is gone or makes no sense (logged once)."""
         try:
             with translated(self.url), self._redis.pipeline(transaction=False) as pipe:
                 pipe.hgetall(_key(job, "head"))
@@ -106,7 +106,7 @@ class RedisWatch:
         return [(int(entry[b"version"]), json.loads(entry[b"metrics"])) for _, entry in reversed(newest)]
 
     def clients(self, job: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what is known of each client of a job, page by page; what makes no sense is left out, and logged once."""
+        """Yield what is known of each client of a job, page by page; what makes no sense is left out (logged once)."""
         for client, record in self._fields(_key(job, "clients")):
             try:
                 record["seen"] = float(record.get("seen", 0.0))

@@ -128,6 +128,7 @@ class Link:
         self._loop: Any = None
         self._connection: Any = None
         self._failure: Exception | None = None
+        self._lost = False  # the log says that there is no connection
         self._thread = threading.Thread(target=self._run, name=f"amqp {name}", daemon=True)
         self._thread.start()
 
@@ -189,6 +190,7 @@ class Link:
             self._closing.wait(random.uniform(0.05, 0.5))  # noqa: S311 - spreads a fleet that lost its broker
 
     def _say_when_again(self, state: Any) -> None:
+        self._lost = True
         log.warning("%s; trying again in %.1f s", self.problem, state.next_action.sleep)
 
     def _connect_and_serve(self) -> None:
@@ -232,6 +234,7 @@ class Link:
         if not was_ready:
             raise self.problem
         if not self._closing.is_set():
+            self._lost = True
             log.warning("lost the broker: %s; reconnecting", self.problem)
 
     def _abandon(self, loop: Any) -> None:
@@ -292,6 +295,9 @@ class Link:
             else:
                 with self._lock:
                     self.ready.set()
+                if self._lost:
+                    log.info("RabbitMQ at %s answers again", hide_password(self.url))
+                self._lost = False
 
         next_step()
 
@@ -300,7 +306,10 @@ def explain(error: Exception, url: str) -> FedMQError:
     """Translate pika's error once, into what the user can do about it."""
     shown = hide_password(url)
     if isinstance(error, pika.exceptions.ProbableAuthenticationError):
-        return SettingsError(f"RabbitMQ at {shown} refuses this login or password: check FEDMQ_BROKER_URL")
+        return SettingsError(
+            f"RabbitMQ at {shown} refuses this login or password: check FEDMQ_BROKER_URL; a device that was revoked, "
+            "or whose file was made anew, needs the new file"
+        )
     if isinstance(error, pika.exceptions.ProbableAccessDeniedError):
         return SettingsError(
             f"RabbitMQ at {shown} refuses this virtual host: it must exist (`rabbitmqctl add_vhost {VHOST}`) and the "

@@ -130,7 +130,7 @@ NAMED = {
         "exists", "get", "mget", "getrange", "strlen", "hget", "hgetall", "xrange", "zrangebyscore", "time",
     },
     "aggregator": {*redis_acl.READING, *redis_acl.WRITING, *LOOKING},
-    "evaluator": {*redis_acl.READING, "eval", "hset", "xadd", "info"},
+    "evaluator": {*redis_acl.READING, "eval", "hset", "xadd", "info", "multi", "exec", "discard"},
     "exporter": {*redis_acl.READING, *LOOKING, "xadd", "set", "scan", "acl|log", "memory|usage"},
     "redis-exporter": {
         *LOOKING, "client|list", "slowlog|get", "slowlog|len", "latency|latest", "latency|history",

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import threading
 import time
 from pathlib import Path
