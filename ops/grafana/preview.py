@@ -56,7 +56,7 @@ _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 """
 
 
-class Unanswered(OSError):
+class NoAnswerError(OSError):
     """Nothing came, or nothing a Prometheus says: what was asked, what came, what to try."""
 
 
@@ -81,7 +81,7 @@ class Prometheus:
         """Return the data of an answer.
 
         Raises:
-            Unanswered: it cannot be reached, or what answers is no Prometheus.
+            NoAnswerError: it cannot be reached, or what answers is no Prometheus.
             TimeoutError: it takes longer than `ANSWER_S_MAX`.
             ValueError: it refuses the query; the message says why.
         """
@@ -91,7 +91,7 @@ class Prometheus:
         except TimeoutError as error:
             raise TimeoutError(f"asked {asked}; no answer within {ANSWER_S_MAX:g} s") from error
         except (OSError, http.client.HTTPException) as error:
-            raise Unanswered(f"asked {asked}; {getattr(error, 'reason', error)}; {self._advice(error)}") from error
+            raise NoAnswerError(f"asked {asked}; {getattr(error, 'reason', error)}; {self._advice(error)}") from error
         try:
             answer = json.loads(body)
         except ValueError:
@@ -100,7 +100,7 @@ class Prometheus:
             raise ValueError(str(answer["error"]))
         if not isinstance(answer, dict) or "data" not in answer:
             came = " ".join(body[:200].decode(errors="replace").split())
-            raise Unanswered(f"asked {asked}; got {status}, not a Prometheus' JSON: {came!r}; {self._advice()}")
+            raise NoAnswerError(f"asked {asked}; got {status}, not a Prometheus' JSON: {came!r}; {self._advice()}")
         return answer["data"]
 
     def _get(self, url: str) -> tuple[int, bytes]:
@@ -166,7 +166,7 @@ def span_of(prometheus: Prometheus, job: str, minutes: float, now: float) -> tup
     """Return the last minutes, or less: from the job's first point, at least `SPAN_S_MIN`.
 
     Raises:
-        Unanswered: there is nobody to ask.
+        NoAnswerError: there is nobody to ask.
     """
     span = (now - 60 * minutes, now)
     known = f'count(fedmq_job_version{{exported_job="{job}"}})'
@@ -184,7 +184,7 @@ def page(prometheus: Prometheus, name: str, job: str, minutes: float, rate_s: fl
     """Return one dashboard as a page that needs nothing beside it.
 
     Raises:
-        Unanswered: there is nobody to ask.
+        NoAnswerError: there is nobody to ask.
         ValueError: the job is none.
     """
     if not ID.fullmatch(job):
@@ -328,11 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         job = given.job or next(iter(prometheus.jobs()), "default")
         written = write(prometheus, given.out, job, given.minutes, given.rate)
-    except (Unanswered, TimeoutError) as error:
+    except (NoAnswerError, TimeoutError) as error:
         _end(UNREACHABLE, str(error))
     except (OSError, ValueError) as error:
         _end(FAILED, str(error))
-    print(f"wrote {', '.join(map(str, written))}: job {job}")  # noqa: T201
+    print(f"wrote {', '.join(map(str, written))}: job {job}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def runs_of(points: Sequence[Point], defaults: dict[str, Any], span: tuple[float
 
     Args:
         points: in order of time.
-        defaults: of the panel's fields; its `spanNulls` is the longest gap to draw across, milliseconds, or always, never.
+        defaults: of the panel's fields; `spanNulls`: the longest gap to draw across, milliseconds, or always, never.
         span: what was asked for: neighbours are as far apart as its steps, however short `spanNulls` is.
     """
     across = defaults.get("custom", {}).get("spanNulls", False)
@@ -140,9 +140,10 @@ def area_of(points: str, color: str, opacity: float) -> str:
 def curve_of(spots: Sequence[tuple[float, float]], color: str, width: float, opacity: float = 1.0) -> str:
     """Return a line through these pixels; a dot when there is but one."""
     if len(spots) == 1:
-        return f'<circle cx="{spots[0][0]:.1f}" cy="{spots[0][1]:.1f}" r="{width:g}" fill="{color}" opacity="{opacity:g}"/>'
-    path = path_of(spots)
-    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width:g}" opacity="{opacity:g}"/>'
+        (x, y), shade = spots[0], f'fill="{color}" opacity="{opacity:g}"'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width:g}" {shade}/>'
+    stroke = f'fill="none" stroke="{color}" stroke-width="{width:g}" opacity="{opacity:g}"'
+    return f'<polyline points="{path_of(spots)}" {stroke}/>'
 
 
 def path_of(spots: Sequence[tuple[float, float]]) -> str:
