@@ -305,8 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", nargs="?", type=Path, help="HTML file to write")
     parser.add_argument("--serve", type=int, metavar="PORT", help="serve the pages here instead")
     parser.add_argument("--job", help="FedMQ's job [default: the first]")
-    parser.add_argument("--minutes", type=float, default=MINUTES,
-                        help=f"how far back, or to the job's first point if that is later [default: {MINUTES:g}]")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help=f"how far back, or to the job's first point if that is later [default: {MINUTES:g}]",
+    )
     parser.add_argument("--rate", type=float, default=20.0, help="window of rates, at least 4 scrapes, s [default: 20]")
     parser.add_argument("--ca", help="PEM file of the authority behind an https URL")
     parser.add_argument("--cert", help="serve over TLS with this certificate, a PEM file")

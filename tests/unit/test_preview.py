@@ -14,7 +14,7 @@ import pytest
 from ops import authority
 from ops.grafana.build import FOLDER
 from ops.grafana.drawing import draw
-from ops.grafana.preview import ORDER, Prometheus, main, page, series_of, server_of, span_of
+from ops.grafana.preview import ORDER, main, page, series_of, server_of, span_of
 from ops.grafana.svg import Series
 
 PANEL = {
@@ -116,7 +116,7 @@ def test_neighbours_are_joined_when_a_step_is_longer_than_the_gap():
 
 @pytest.mark.parametrize(("across", "lines"), [(True, 1), (False, 2), (300_000, 1), (100_000, 2)])
 def test_how_far_a_line_reaches_is_the_panels(across, lines):
-    assert drawn("timeseries", [1000, 1010, 1250, 1260], (1000.0, 1900.0), across)[0] == lines
+    assert drawn("timeseries", [1000, 1003, 1250, 1253], (1000.0, 1900.0), across)[0] == lines
 
 
 def test_a_page_is_as_wide_as_its_window():
@@ -153,7 +153,13 @@ def test_a_job_that_is_none_is_refused_before_it_becomes_part_of_a_query(job):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """Return the files of a server's certificate, its key and its authority."""
-    return CERTIFICATE(tmp_path_factory.mktemp("tls"))
+    folder, now = tmp_path_factory.mktemp("tls"), authority.utc_now()
+    signer = authority.make(now)[0]
+    identity = signer.server("prometheus", ["127.0.0.1"], now)
+    files = [folder / name for name in ("cert.pem", "key.pem", "ca.pem")]
+    for path, text in zip(files, (identity.certificate, identity.key, signer.pem), strict=True):
+        path.write_text(text)
+    return files
 
 
 @pytest.fixture
