@@ -169,7 +169,7 @@ class RedisWatch:
 
     def _numbers(self, job: str, metrics: Any) -> dict[str, float]:
         """Return the numbers of an evaluation; a task may return what it likes."""
-        given = metrics if isinstance(metrics, dict) else {"metrics": None}
+        given: dict[str, Any] = metrics if isinstance(metrics, dict) else {"metrics": None}
         odd = {name for name, value in given.items() if not isinstance(value, int | float)}
         if odd:
             self._left_out(f"evaluation of job {job}", TypeError(f"{', '.join(sorted(odd)[:3])}: no number"))
