@@ -569,3 +569,29 @@ def test_mutual_tls_lets_in_who_has_a_certificate_and_nobody_else(tmp_path):
                 "; it does not accept our client certificate's authority: check FEDMQ_TLS_CERT" in text or ENDED in text
             )
         assert works(enrolled(servers, tmp_path, "other", certificate=True))
+
+
+def test_the_demos_workers_are_enrolled_once_and_what_is_missing_is_made_good(secured, tmp_path):
+    """The script of docker-compose.yml at each `up`: those that have a good file keep it."""
+    variables = {
+        "FEDMQ_CONFIG": str(secured.secrets / "operator" / "fedmq.toml"), "FEDMQ_JOB": JOB, "WORKERS_MAX": "3",
+        "WORKERS_FOLDER": str(tmp_path),
+    }  # fmt: skip
+
+    def up():
+        script = Path(__file__).parents[2] / "ops" / "docker" / "enrol-workers"
+        done = subprocess.run(
+            [sys.executable, script], env=clean_environment(variables), capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done
+        return done.stdout.strip()
+
+    assert up() == f"3 workers of job {JOB} enrolled, 0 were"
+    files = {path.name: path.read_text() for path in (tmp_path / JOB).iterdir()}
+    assert sorted(files) == ["worker-0.toml", "worker-1.toml", "worker-2.toml"]
+    assert up() == f"0 workers of job {JOB} enrolled, 3 were"
+    assert {path.name: path.read_text() for path in (tmp_path / JOB).iterdir()} == files
+    (tmp_path / JOB / "worker-1.toml").unlink()
+    assert up() == f"1 workers of job {JOB} enrolled, 2 were"
+    assert (tmp_path / JOB / "worker-1.toml").read_text() != files["worker-1.toml"]
