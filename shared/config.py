@@ -517,7 +517,7 @@ def _read_toml() -> dict[str, Any]:
         return tomllib.loads(text)
     except FileNotFoundError as error:
         mend = "`docker compose up -d secrets` makes it" if path.parts[:2] == ("/", "run") else "name another one"
-        raise SettingsError(f"{path}, which FEDMQ_CONFIG or --config names, is not there: {mend}") from error
+        raise SettingsError(f"FEDMQ_CONFIG {path} is not there: {mend}") from error
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise SettingsError(f"FEDMQ_CONFIG {path}: {error}") from error
 

@@ -142,7 +142,7 @@ def test_settings_that_contradict_each_other_are_refused(fedmq, variables, parts
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [(None, "No such file"), ("seed = 1\njob = \n", "line 2"), (b"job = '\xff'\n", "utf-8")],
+    [(None, "is not there"), ("seed = 1\njob = \n", "line 2"), (b"job = '\xff'\n", "utf-8")],
     ids=["missing", "no value", "not utf-8"],
 )
 def test_a_settings_file_that_cannot_be_read_is_named(fedmq, tmp_path, text, part):
