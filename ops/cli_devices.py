@@ -1,7 +1,6 @@
 """`fedmq devices` and `fedmq secrets`: the command line; what it does is in devices.py and secrets.py."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +104,13 @@ def show(name: Name, job: Job = None, config: Config = None) -> None:
         Console().print(table)
 
 
+def _agreed(question: str) -> bool:
+    try:
+        return typer.confirm(question)
+    except typer.Abort as error:  # the end of input
+        raise SettingsError("nothing was revoked: nobody answered; say --yes") from error
+
+
 @devices_app.command("revoke")
 def revoke(
     name: Name,
@@ -114,9 +120,7 @@ def revoke(
 ) -> None:
     """Throw a device out: its logins end, its connections are closed at once."""
     with _devices(config, job) as (devices, settings):
-        if not yes and not sys.stdin.isatty():
-            raise SettingsError(f"nothing was revoked: nobody is here to ask; say --yes to throw {name} out")
-        if not yes and not typer.confirm(f"revoke {name} of job {settings.job}? Its file will be of no use any more"):
+        if not yes and not _agreed(f"revoke {name} of job {settings.job}? Its file will be of no use any more"):
             raise typer.Exit(1)
         ended = devices.revoke(settings.job, name)
         outcome = "is revoked, its connections are closed" if ended else "was revoked before"

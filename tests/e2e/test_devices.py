@@ -184,6 +184,7 @@ def test_what_an_operator_may_get_wrong_is_said(site):
     ):
         assert says in site.fedmq("devices", *arguments, "--job", JOB, code=USAGE), arguments
     assert site.fedmq("devices", "revoke", "cam-3", "--job", JOB, code=FAILED, answer="n\n").endswith("[y/N]: ")
+    assert "nothing was revoked" in site.fedmq("devices", "revoke", "cam-3", "--job", JOB, code=USAGE, answer="")
     assert sorted(path.name for path in site.folder.glob("*.toml")) == ["cam-3.toml"]
     assert "is revoked, its connections are closed" in site.fedmq("devices", "revoke", "cam-3", "--job", JOB, "--yes")
     assert "was revoked before" in site.fedmq("devices", "revoke", "cam-3", "--job", JOB, "--yes")
