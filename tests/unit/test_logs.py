@@ -119,7 +119,7 @@ def test_pikas_own_chatter_stays_out(capsys):
     try:
         log_to_stderr("debug", "json", job="j")
         logging.getLogger("pika.adapters").error("socket closed")
-        logging.getLogger("fedmq").debug("here")
+        logging.getLogger("any.other").debug("here")  # a simulation before may have quietened "fedmq"
     finally:
         sys.excepthook, threading.excepthook = before
         log_to_stderr("warning")
